@@ -1,0 +1,18 @@
+"""LoRA-MCL for PEFT: K LoRA hypotheses on one frozen model.
+
+Importing this package registers the PEFT type ``MCLORA``, so that `peft.get_peft_model`, `peft.PeftModel` and
+`peft.AutoPeftModelForCausalLM` know it. Method: Letzelter, Malard et al., "Multiple Choice Learning of Low-Rank Adapters
+for Language Modeling" (arXiv 2507.10419).
+"""
+
+from peft_mcl.config import MCLoraConfig
+from peft_mcl.convert import export_hypotheses, from_lora_adapters
+from peft_mcl.model import MCLoraModel
+from peft_mcl.registration import register
+
+
+__version__ = "0.1.0"
+
+__all__ = ["MCLoraConfig", "MCLoraModel", "export_hypotheses", "from_lora_adapters"]
+
+register(MCLoraConfig, MCLoraModel)

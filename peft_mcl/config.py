@@ -1,0 +1,143 @@
+"""The configuration of a multi-hypothesis LoRA adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from peft_mcl.registration import PEFT_TYPE, add_peft_type
+
+
+def require_positive_int(name: str, value: Any) -> None:
+    """Raise a ValueError unless `value` is an int (not a bool) of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+
+
+@dataclass
+class MCLoraConfig(PeftConfig):
+    """Configuration of K LoRA hypotheses on one frozen model (LoRA-MCL, arXiv 2507.10419).
+
+    Every argument other than `num_hypotheses` has the meaning it has in `peft.LoraConfig`, and applies to each of the K
+    hypotheses alike.
+
+    Args:
+        num_hypotheses (`int`): K, the number of LoRA adapters that compete for every training sequence. With
+            `num_hypotheses=1` the model is numerically plain LoRA.
+        r (`int`): Rank of each hypothesis.
+        lora_alpha (`int` or `float`): The update is scaled by `lora_alpha / r`.
+        lora_dropout (`float`): Dropout probability on the input of the low-rank update, in [0, 1).
+        use_rslora (`bool`): Scale by `lora_alpha / sqrt(r)` instead (rank-stabilised LoRA).
+        init_lora_weights (`bool` or `"gaussian"`): `True`: A Kaiming-uniform, different for each hypothesis, and B zero;
+            `"gaussian"`: A normal with deviation 1/r, B zero; `False`: A and B random (for tests: the model does not start
+            as the base model).
+        target_modules (`list[str]` or `str`, *optional*): Names or regular expression of the modules to adapt,
+            `"all-linear"`, or `None` for the architecture's default (the same one as LoRA's).
+        exclude_modules (`list[str]` or `str`, *optional*): Names or regular expression of modules to leave alone.
+        layers_to_transform (`list[int]` or `int`, *optional*): Indices of the layers to adapt.
+        layers_pattern (`list[str]` or `str`, *optional*): Name of the module list that `layers_to_transform` indexes.
+        rank_pattern (`dict[str, int]`): Module name or regular expression -> rank that differs from `r`.
+        alpha_pattern (`dict[str, float]`): Module name or regular expression -> alpha that differs from `lora_alpha`.
+        bias (`"none"`, `"all"` or `"lora_only"`): Biases of the base model that are trained. They are **shared by all
+            hypotheses**.
+        modules_to_save (`list[str]`, *optional*): Modules trained in full and saved with the adapter. There is one copy
+            of each, **shared by all hypotheses**.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*): Token embeddings that are trained,
+            **shared by all hypotheses**.
+
+    Raises:
+        ValueError: A value is out of its range; the message names the argument, the value and what is allowed.
+    """
+
+    num_hypotheses: int = field(default=3, metadata={"help": "Number of LoRA hypotheses (K)."})
+    r: int = field(default=8, metadata={"help": "Rank of each hypothesis."})
+    lora_alpha: float = field(default=8, metadata={"help": "The update is scaled by lora_alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the low-rank update."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) instead."})
+    init_lora_weights: bool | str = field(
+        default=True, metadata={"help": "True (Kaiming A, zero B), 'gaussian' (normal A, zero B) or False (random)."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regex of the modules to adapt, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regex of the modules not to adapt."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that layers_to_transform indexes."}
+    )
+    rank_pattern: dict = field(default_factory=dict, metadata={"help": "Module name or regex -> rank."})
+    alpha_pattern: dict = field(default_factory=dict, metadata={"help": "Module name or regex -> alpha."})
+    bias: str = field(default="none", metadata={"help": "'none', 'all' or 'lora_only'; shared by all hypotheses."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full; one copy, shared by all hypotheses."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Token embeddings that are trained; shared by all hypotheses."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type(PEFT_TYPE)
+        self._check_values()
+        # PEFT matches names against sets.
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+
+    def _check_values(self) -> None:
+        require_positive_int("num_hypotheses", self.num_hypotheses)
+        require_positive_int("r", self.r)
+        for pattern, rank in (self.rank_pattern or {}).items():
+            require_positive_int(f"rank_pattern[{pattern!r}]", rank)
+        if isinstance(self.lora_dropout, bool) or not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"`lora_dropout` must be a probability in [0, 1), got {self.lora_dropout!r}.")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(
+                f"`init_lora_weights` must be True, False or 'gaussian', got {self.init_lora_weights!r}. The other "
+                "initialisations of LoRA change the base weights or give every hypothesis the same start."
+            )
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"`bias` must be 'none', 'all' or 'lora_only', got {self.bias!r}.")
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` cannot be used when `target_modules` is a regular expression "
+                        f"({self.target_modules!r}); select the layers in the expression or pass a list of names."
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` needs `layers_to_transform`: the indices of the layers to adapt.")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As `peft.PeftConfig.from_pretrained`, and checks that a local adapter's weight file is whole.
+
+        Raises:
+            ValueError: The weight file beside a local configuration is truncated or no safetensors file.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if weights.is_file():
+            check_safetensors(weights)
+        return config
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise a ValueError that names `path` unless it is a complete safetensors file (header and length are checked)."""
+    try:
+        with safe_open(str(path), framework="pt") as weights:
+            weights.keys()
+    except SafetensorError as error:
+        raise ValueError(
+            f"The adapter file {path} is truncated or corrupt ({error}). Save or download it again."
+        ) from error

@@ -1,0 +1,195 @@
+"""To and from ordinary LoRA adapters, one for each hypothesis."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+from peft_mcl.config import MCLoraConfig
+from peft_mcl.layer import MCLoraLayer
+
+
+# The options that mean the same for MCLoraConfig and LoraConfig.
+SHARED_OPTIONS = (
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "bias",
+    "modules_to_save",
+    "trainable_token_indices",
+)
+# Options of LoraConfig that change what is computed: an adapter that uses one is not plain LoRA.
+VARIANT_OPTIONS = (
+    "use_dora",
+    "lora_bias",
+    "use_bdlora",
+    "arrow_config",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "target_parameters",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+)
+# mclora_A -> lora_A.weight for linear layers, mclora_embedding_A -> lora_embedding_A for embeddings.
+_TO_LORA = ((re.compile(r"\bmclora_([AB])$"), r"lora_\1.weight"), (re.compile(r"\bmclora_embedding_([AB])$"), r"lora_embedding_\1"))
+_FROM_LORA = ((re.compile(r"\blora_([AB])\.weight$"), r"mclora_\1"), (re.compile(r"\blora_embedding_([AB])$"), r"mclora_embedding_\1"))
+
+
+def _rename(key: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> str | None:
+    """The new name of a parameter of the adapters, or None for one that all hypotheses share."""
+    for pattern, replacement in rules:
+        if pattern.search(key):
+            return pattern.sub(replacement, key)
+    return None
+
+
+def export_hypotheses(model: PeftModel, out_dir: str | os.PathLike[str], adapter_name: str = "default") -> list[Path]:
+    """Write every hypothesis as an ordinary PEFT LoRA adapter, for plain PEFT, vLLM, SGLang or LoRAX.
+
+    Args:
+        model ([`peft.PeftModel`]): A model with an MCLORA adapter.
+        out_dir (`str` or `PathLike`): Hypothesis k goes to `out_dir/hypothesis_k`. Each directory appears whole or not at
+            all; one that is there is replaced.
+        adapter_name (`str`): The adapter to export.
+
+    Returns:
+        `list[Path]`: The K directories.
+
+    Raises:
+        ValueError: The model has no MCLORA adapter of that name.
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if not isinstance(config, MCLoraConfig):
+        raise ValueError(f"`model` has no MCLORA adapter named {adapter_name!r}, only {sorted(getattr(model, 'peft_config', {}))}.")
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    lora = LoraConfig(
+        **{name: getattr(config, name) for name in SHARED_OPTIONS},
+        fan_in_fan_out=any(m.fan_in_fan_out for m in model.modules() if isinstance(m, MCLoraLayer)),
+        inference_mode=True,
+    )
+    root = Path(out_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    directories = []
+    for hypothesis in range(config.num_hypotheses):
+        weights = {}
+        for key, tensor in state.items():
+            renamed = _rename(key, _TO_LORA)
+            weights[renamed or key] = (tensor[hypothesis] if renamed else tensor).detach().cpu().contiguous().clone()
+        directories.append(root / f"hypothesis_{hypothesis}")
+        _write_adapter(directories[-1], lora, weights)
+    return directories
+
+
+def _write_adapter(directory: Path, config: LoraConfig, weights: dict[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
+    try:
+        save_file(weights, str(partial / "adapter_model.safetensors"), metadata={"format": "pt"})
+        config.save_pretrained(str(partial))
+        partial.chmod(0o755)
+        if directory.exists():
+            shutil.rmtree(directory)
+        partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def from_lora_adapters(
+    base: Any, adapters: Sequence[str | os.PathLike[str]], adapter_name: str = "default", is_trainable: bool = False
+) -> PeftModel:
+    """Make one MCLORA model of K ordinary LoRA adapters.
+
+    Args:
+        base (`transformers.PreTrainedModel`): The base model, adapted in place.
+        adapters (`list` of `str` or `PathLike`): Directories or Hub ids of K plain LoRA adapters of one shape; adapter k
+            becomes hypothesis k.
+        adapter_name (`str`): Name of the new adapter.
+        is_trainable (`bool`): Whether the new adapter is to be trained.
+
+    Returns:
+        [`peft.PeftModel`]: A model with K hypotheses.
+
+    Raises:
+        ValueError: An adapter is not plain LoRA, or differs from the first in options, parameters or shapes, or in a
+            parameter that all hypotheses have to share.
+    """
+    if not adapters:
+        raise ValueError("`adapters` is empty: name at least one LoRA adapter.")
+    paths = [os.fspath(adapter) for adapter in adapters]
+    configs = [LoraConfig.from_pretrained(path) for path in paths]
+    for path, config in zip(paths, configs, strict=True):
+        _check_plain_lora(path, config)
+        _check_same_options(paths[0], configs[0], path, config)
+    states = [load_peft_weights(path, device="cpu") for path in paths]
+    mcl = MCLoraConfig(
+        num_hypotheses=len(paths),
+        inference_mode=not is_trainable,
+        **{name: getattr(configs[0], name) for name in SHARED_OPTIONS},
+    )
+    model = get_peft_model(base, mcl, adapter_name=adapter_name)
+    set_peft_model_state_dict(model, _stack(paths, states), adapter_name=adapter_name)
+    return model
+
+
+def _check_plain_lora(path: str, config: Any) -> None:
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"`adapters`: {path} is a {type(config).__name__}, not an ordinary LoRA adapter.")
+    used = [name for name in VARIANT_OPTIONS if getattr(config, name, None)]
+    if used:
+        raise ValueError(f"`adapters`: {path} uses {', '.join(used)}; only plain LoRA can become a hypothesis.")
+
+
+def _check_same_options(first_path: str, first: LoraConfig, path: str, config: LoraConfig) -> None:
+    for name in SHARED_OPTIONS:
+        # Where an adapter came from, and its dropout (a matter of training), may differ.
+        if name in ("base_model_name_or_path", "revision", "lora_dropout"):
+            continue
+        ours, theirs = getattr(first, name), getattr(config, name)
+        if (ours or None) != (theirs or None):
+            raise ValueError(
+                f"`adapters` must have one shape: `{name}` is {ours!r} in {first_path} and {theirs!r} in {path}."
+            )
+
+
+def _stack(paths: list[str], states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    stacked = {}
+    for path, state in zip(paths[1:], states[1:], strict=True):
+        if state.keys() != states[0].keys():
+            different = sorted(state.keys() ^ states[0].keys())
+            raise ValueError(f"`adapters`: {path} and {paths[0]} differ in their parameters, such as {different[0]}.")
+    for key, tensor in states[0].items():
+        tensors = [state[key] for state in states]
+        for path, other in zip(paths, tensors, strict=True):
+            if other.shape != tensor.shape:
+                raise ValueError(
+                    f"`adapters`: {key} has shape {tuple(other.shape)} in {path} and {tuple(tensor.shape)} in {paths[0]}."
+                )
+        renamed = _rename(key, _FROM_LORA)
+        if renamed is None and any(not torch.equal(other, tensor) for other in tensors):
+            raise ValueError(
+                f"`adapters`: {key} is trained in full and differs between the adapters, but all hypotheses share it."
+            )
+        stacked[renamed or key] = torch.stack(tensors) if renamed else tensor
+    return stacked

@@ -1,0 +1,282 @@
+"""The tuner: injects the adapted layers, decides rows and routing of every call, merges one hypothesis."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from peft_mcl import generation, routing
+from peft_mcl.config import MCLoraConfig
+from peft_mcl.layer import MCLoraLayer, adapt
+from peft_mcl.routing import Route, Routing, check_hypothesis
+
+
+class MCLoraModel(BaseTuner):
+    """K LoRA hypotheses on one frozen model (LoRA-MCL, arXiv 2507.10419).
+
+    Made by `peft.get_peft_model(model, MCLoraConfig(...))`. The forward call takes one more argument:
+
+    ```python
+    model(**inputs)                                   # B rows, under the active hypothesis (0 until set)
+    model(**inputs, hypotheses=2)                     # B rows, hypothesis 2
+    model(**inputs, hypotheses=torch.tensor([0, 2]))  # B rows, one hypothesis for each row
+    model(**inputs, hypotheses="all")                 # K * B rows: row k * B + b is hypothesis k of input b
+    ```
+
+    Rows and routing are decided in one place, a forward pre-hook on the base model, because every path ends there: the
+    calls of `PeftModel` with and without a task type, each step of `generate`, and calls of the base model itself.
+
+    Args:
+        model (`nn.Module`): The model to adapt, in place.
+        peft_config ([`MCLoraConfig`] or `dict[str, MCLoraConfig]`): The configuration.
+        adapter_name (`str`): Name of the adapter.
+        low_cpu_mem_usage (`bool`): Create the adapter on the meta device (for loading).
+        state_dict (`dict[str, torch.Tensor]`, *optional*): Inject by the keys of a saved adapter.
+    """
+
+    prefix = "mclora_"
+    tuner_layer_cls = MCLoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    peft_config: dict[str, MCLoraConfig]
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Hypotheses
+
+    @property
+    def num_hypotheses(self) -> int:
+        """K of the active adapter (1 if none is active: the base model is the only answer)."""
+        names = [name for name in self.active_adapters if name in self.peft_config]
+        return self.peft_config[names[0]].num_hypotheses if names else 1
+
+    @property
+    def active_hypothesis(self) -> int:
+        """The hypothesis that plain calls use."""
+        return self.routing.active
+
+    def set_hypothesis(self, hypothesis: int) -> None:
+        """Make `hypothesis` the one that plain calls use.
+
+        Args:
+            hypothesis (`int`): Index in [0, K - 1].
+
+        Raises:
+            ValueError: There is no such hypothesis.
+        """
+        self.routing.active = check_hypothesis(hypothesis, self.num_hypotheses)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT. Adapters that are active together must have the same number of hypotheses."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        counts = {name: self.peft_config[name].num_hypotheses for name in names if name in self.peft_config}
+        if len(set(counts.values())) > 1:
+            raise ValueError(
+                f"Adapters that are active together must have the same `num_hypotheses`, got {counts}. Activate one of them."
+            )
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._keep_active_hypothesis_valid()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT."""
+        super().delete_adapter(adapter_name)
+        self._keep_active_hypothesis_valid()
+
+    def _keep_active_hypothesis_valid(self) -> None:
+        if self.routing.active >= self.num_hypotheses:
+            warnings.warn(
+                f"The active adapter has {self.num_hypotheses} hypotheses, so hypothesis {self.routing.active} is no longer "
+                "there. Plain calls use hypothesis 0 until `set_hypothesis` is called.",
+                stacklevel=3,
+            )
+            self.routing.active = 0
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Calls
+
+    def forward(self, *args: Any, hypotheses: Any = None, **kwargs: Any) -> Any:
+        """Run the base model under the given hypotheses (see the class), or under the active one.
+
+        Raises:
+            ValueError: `hypotheses` is of a wrong type, dtype, length or out of range.
+        """
+        # A plain call is explicit about the active hypothesis, so that a call made while another one runs (in a logits
+        # processor, say) does not inherit the rows of that one.
+        hypotheses = self.routing.active if hypotheses is None else hypotheses
+        with self.routing.restored():
+            return self.model(*args, hypotheses=hypotheses, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Decode one sequence for each hypothesis. See [`peft_mcl.generation.generate`]."""
+        return generation.generate(self, *args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PeftModel enters this around each of its calls.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "`adapter_names` is not supported by MCLORA. Use `hypotheses=` with one index for each row; to change "
+                "between named adapters call `set_adapter`."
+            )
+        with self.routing.restored():
+            yield
+
+    def _enter_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the base model: takes `hypotheses` out, expands the rows, puts the route on the stack."""
+        inherited = self.routing.current
+        # Put on before anything can fail: the hook that leaves the call always takes one off.
+        self.routing.stack.append(inherited or Route(hypothesis=self.routing.active))
+        kwargs = dict(kwargs)
+        hypotheses = kwargs.pop("hypotheses", None)
+        if hypotheses is not None:
+            names = routing.name_inputs(type(model).forward, (model, *args))[1:]
+            inputs = {**dict(zip(names, args, strict=True)), **kwargs}
+            batch_size = routing.find_batch_size(inputs)
+            route = routing.parse_hypotheses(hypotheses, self.num_hypotheses, batch_size)
+            if route.blocks is not None and batch_size is not None:
+                inputs = routing.expand_inputs(inputs, route.blocks, batch_size)
+                args = tuple(inputs.pop(name) for name in names)
+                kwargs = inputs
+            self.routing.stack[-1] = route
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            routing.keep_routes_in_checkpoints(model, self.routing)
+        return args, kwargs
+
+    def _leave_call(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the base model, run also when its forward raised."""
+        if self.routing.stack:
+            self.routing.stack.pop()
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Injection
+
+    def _pre_injection_hook(self, model: nn.Module, config: MCLoraConfig, adapter_name: str) -> None:
+        # A model that was adapted before (`inject_adapter_in_model` called twice) keeps its routing and its hooks.
+        found = [module.routing for module in model.modules() if isinstance(module, MCLoraLayer)]
+        self.routing = found[0] if found else Routing()
+        if not found:
+            self._attach(model)
+
+    def _attach(self, model: nn.Module) -> None:
+        self._hooks = [
+            model.register_forward_pre_hook(self._enter_call, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._leave_call, always_call=True),
+        ]
+        # `PeftModel.generate` without a task type calls the base model's `generate`, and no hook of transformers comes
+        # before its inputs are checked. So this one instance, not its class, gets ours; `_detach` takes it off.
+        if hasattr(model, "generate"):
+            model.generate = self.generate
+
+    def _detach(self, model: nn.Module) -> None:
+        for hook in getattr(self, "_hooks", []):
+            hook.remove()
+        model.__dict__.pop("generate", None)
+        routing.restore_checkpoints(model)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; if it fails on a fresh model, the model is left as it was."""
+        was_adapted = any(isinstance(module, MCLoraLayer) for module in model.modules())
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            if not was_adapted:
+                self._unload_and_optionally_merge(merge=False)
+            raise
+
+    def _prepare_model(self, peft_config: MCLoraConfig, model: nn.Module) -> None:
+        # bitsandbytes repacks an eval-mode 4-bit weight on CPUs with AVX512-BF16 in place and for good, for a kernel
+        # without autograd: one scoring or generate call, and every later gradient is silently wrong.
+        for module in model.modules():
+            if getattr(module, "support_avx512bf16_for_cpu", False):
+                module.support_avx512bf16_for_cpu = False
+
+    def _create_and_replace(
+        self,
+        config: MCLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), current_key), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), current_key), config.lora_alpha)
+        if isinstance(target, MCLoraLayer):
+            target.update_layer(adapter_name, r, alpha, config)
+            return
+        quantization = get_quantization_kwargs(self.model)
+        layer = adapt(target, adapter_name, self.routing, current_key, r, alpha, config, **quantization)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Merging
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, hypothesis: int | None = None
+    ) -> None:
+        """Add one hypothesis to the base weights; it becomes the active one, and the only one until `unmerge_adapter`.
+
+        Args:
+            adapter_names (`list[str]`, *optional*): The adapters to merge; the active ones by default.
+            safe_merge (`bool`): Check first that all merged weights are finite; if not, nothing is merged.
+            hypothesis (`int`, *optional*): Which one; the active hypothesis by default.
+
+        Raises:
+            ValueError: There is no such hypothesis, another one is merged, or `safe_merge` found weights not finite.
+        """
+        hypothesis = self._prepare_merge(hypothesis, adapter_names, safe_merge)
+        with self.routing.use(Route(hypothesis=hypothesis)):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=False)
+        self.routing.active = hypothesis
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        hypothesis: int | None = None,
+    ) -> nn.Module:
+        """Add one hypothesis to the base weights and return the plain transformers model; the others are dropped.
+
+        Args:
+            progressbar (`bool`): Show a progress bar.
+            safe_merge (`bool`): Check first that all merged weights are finite; if not, nothing is merged.
+            adapter_names (`list[str]`, *optional*): The adapters to merge; the active ones by default.
+            hypothesis (`int`, *optional*): Which one; the active hypothesis by default.
+
+        Raises:
+            ValueError: As for `merge_adapter`.
+        """
+        hypothesis = self._prepare_merge(hypothesis, adapter_names, safe_merge)
+        with self.routing.use(Route(hypothesis=hypothesis)):
+            return super().merge_and_unload(progressbar=progressbar, safe_merge=False, adapter_names=adapter_names)
+
+    def _prepare_merge(self, hypothesis: int | None, adapter_names: list[str] | None, safe_merge: bool) -> int:
+        hypothesis = self.routing.active if hypothesis is None else check_hypothesis(hypothesis, self.num_hypotheses)
+        layers = [module for module in self.model.modules() if isinstance(module, MCLoraLayer)]
+        merged = {index for layer in layers for index in layer.merged_hypothesis.values()}
+        if merged - {hypothesis}:
+            raise ValueError(
+                f"Hypothesis {merged.pop()} is merged already, so hypothesis {hypothesis} cannot be. Call "
+                "`unmerge_adapter()` first."
+            )
+        if safe_merge:
+            with self.routing.use(Route(hypothesis=hypothesis)):
+                for layer in layers:
+                    layer.check_merge(adapter_names)
+        return hypothesis
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._detach(model)
+        return model

@@ -1,0 +1,307 @@
+"""Which hypothesis each row of a batch belongs to, and how the adapted layers get to know it.
+
+A model call has one `Route`. It is put on a stack (`Routing`) when the base model is entered and taken off when it is
+left; the adapted layers read the top. Gradient checkpointing runs layers again after the model was left, so the
+checkpoint functions of the model are given a memory of the route of their forward pass (`RouteKeepingCheckpoint`).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.utils import ModelOutput
+
+
+ALLOWED = (
+    "an int (one hypothesis for all rows), a 1-D integer tensor with one hypothesis for each row, "
+    "or 'all' (every hypothesis for every row)"
+)
+
+
+@dataclass(frozen=True)
+class Route:
+    """The hypothesis of each row. Exactly one of the fields is set.
+
+    Attributes:
+        hypothesis (`int`): Every row belongs to this hypothesis.
+        blocks (`int`): The rows are this many equal contiguous blocks; block k belongs to hypothesis k.
+        index (`torch.Tensor`): int64 of shape (rows,). Row i belongs to hypothesis `index[i]`. A layer that sees m times as
+            many rows (beams, or tokens flattened into rows) takes each entry for m consecutive rows.
+    """
+
+    hypothesis: int | None = None
+    blocks: int | None = None
+    index: torch.Tensor | None = None
+
+    def grouped(self, x: torch.Tensor) -> torch.Tensor:
+        """View `x` (rows, ...) as (groups, rows of a group, ...), each group of one hypothesis. Not for single routes.
+
+        Raises:
+            ValueError: The rows of `x` cannot be divided into the groups of this route.
+        """
+        groups = self.blocks if self.index is None else len(self.index)
+        rows = x.shape[0]
+        if groups is None or rows % groups != 0:
+            raise ValueError(
+                f"an adapted layer got an input of {rows} rows, shape {tuple(x.shape)}, in a call for {groups} rows or "
+                "blocks: it does not keep the batch in dimension 0, so it can serve only one hypothesis at a time. Pass "
+                "`hypotheses` as an int, or leave the layer out with `exclude_modules`."
+            )
+        return x.reshape(groups, rows // groups, *x.shape[1:])
+
+
+class Routing:
+    """The stack of routes of one adapted model, one stack for each thread.
+
+    Shared by the tuner and all of its layers. Outside of any model call a layer uses the active hypothesis.
+    """
+
+    def __init__(self) -> None:
+        self.active = 0
+        self._local = threading.local()
+
+    @property
+    def stack(self) -> list[Route]:
+        if not hasattr(self._local, "stack"):
+            self._local.stack = []
+        return self._local.stack
+
+    @property
+    def current(self) -> Route | None:
+        """The route of the innermost model call of this thread, or None outside of any."""
+        stack = self.stack
+        return stack[-1] if stack else None
+
+    @contextmanager
+    def use(self, route: Route) -> Iterator[None]:
+        """Route everything inside the block, and leave the stack as it was found, whatever happens."""
+        with self.restored():
+            self.stack.append(route)
+            yield
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Leave the stack as it was found, even after an exception that module hooks do not see (Ctrl-C)."""
+        stack = self.stack
+        depth = len(stack)
+        try:
+            yield
+        finally:
+            del stack[depth:]
+
+    # A stack belongs to running calls of this process: a copied or unpickled model starts with an empty one.
+    def __getstate__(self) -> dict[str, Any]:
+        return {"active": self.active}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.active = state["active"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# From the user's argument to a route
+
+
+def check_hypothesis(value: Any, num_hypotheses: int, argument: str = "hypothesis") -> int:
+    """Return `value` as an int if it is the index of a hypothesis, else raise a ValueError that says what is allowed."""
+    is_index = isinstance(value, int) or (hasattr(value, "__index__") and not isinstance(value, torch.Tensor))
+    if isinstance(value, bool) or not is_index:
+        raise ValueError(f"`{argument}` must be an int in [0, {num_hypotheses - 1}], got {value!r}.")
+    value = value.__index__()
+    if not 0 <= value < num_hypotheses:
+        raise ValueError(
+            f"`{argument}` must be in [0, {num_hypotheses - 1}] for a model with {num_hypotheses} hypotheses, got {value}."
+        )
+    return value
+
+
+def parse_hypotheses(hypotheses: Any, num_hypotheses: int, batch_size: int | None) -> Route:
+    """Turn the `hypotheses` argument of a forward call into a route.
+
+    Args:
+        hypotheses: An int, a 1-D integer tensor of shape (batch_size,), or `"all"`.
+        num_hypotheses (`int`): K.
+        batch_size (`int`, *optional*): The rows of the call; None if they cannot be told from the inputs.
+
+    Raises:
+        ValueError: Wrong type, dtype, length or range; the message says what is allowed.
+    """
+    if isinstance(hypotheses, str):
+        if hypotheses != "all":
+            raise ValueError(f"`hypotheses` must be {ALLOWED}, got {hypotheses!r}.")
+        return Route(hypothesis=0) if num_hypotheses == 1 else Route(blocks=num_hypotheses)
+    if isinstance(hypotheses, torch.Tensor):
+        return Route(index=_check_index(hypotheses, num_hypotheses, batch_size))
+    if isinstance(hypotheses, (bool, list, tuple)) or not hasattr(hypotheses, "__index__"):
+        raise ValueError(f"`hypotheses` must be {ALLOWED}, got {hypotheses!r} of type {type(hypotheses).__name__}.")
+    return Route(hypothesis=check_hypothesis(hypotheses, num_hypotheses, "hypotheses"))
+
+
+def _check_index(index: torch.Tensor, num_hypotheses: int, batch_size: int | None) -> torch.Tensor:
+    if index.dim() != 1 or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise ValueError(
+            f"`hypotheses` must be {ALLOWED}, got a tensor of shape {tuple(index.shape)} and dtype {index.dtype}."
+        )
+    if batch_size is not None and len(index) != batch_size:
+        raise ValueError(
+            f"`hypotheses` must have one entry for each of the {batch_size} rows of the batch, got {len(index)} entries."
+        )
+    # A compiled graph cannot branch on values; there an index out of range is caught by the gather itself.
+    if not torch.compiler.is_compiling() and len(index) and not 0 <= int(index.min()) <= int(index.max()) < num_hypotheses:
+        raise ValueError(
+            f"`hypotheses` must lie in [0, {num_hypotheses - 1}] for a model with {num_hypotheses} hypotheses, got values "
+            f"from {int(index.min())} to {int(index.max())}."
+        )
+    return index.long()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Expanding the inputs of a call to one copy for each hypothesis
+
+# Tensors that describe positions or options of the whole batch rather than its rows.
+NOT_BATCHED = frozenset({"cache_position", "logits_to_keep", "num_items_in_batch"})
+# Inputs that may have a single row for a larger batch, which then applies to all rows.
+BROADCAST = frozenset({"attention_mask", "position_ids", "decoder_attention_mask", "decoder_position_ids"})
+PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
+MAIN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "input_features", "labels")
+
+
+def name_inputs(forward: Callable[..., Any], args: tuple[Any, ...]) -> list[str]:
+    """Names of the positional arguments `args` of a model's `forward`."""
+    parameters = list(inspect.signature(forward).parameters.values())
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return (named + [f"argument {i}" for i in range(len(named), len(args))])[: len(args)]
+
+
+def find_batch_size(inputs: dict[str, Any]) -> int | None:
+    """The number of rows of a call, from its main input or else from any tensor; None if there is no tensor."""
+    for name in MAIN_INPUTS:
+        if isinstance(inputs.get(name), torch.Tensor):
+            return inputs[name].shape[0]
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.dim() > 0 and name not in NOT_BATCHED:
+            return value.shape[0]
+    return None
+
+
+def expand_inputs(inputs: dict[str, Any], copies: int, batch_size: int) -> dict[str, Any]:
+    """Repeat every batched input `copies` times along the batch, hypothesis-major: row k * batch_size + b is copy k of b.
+
+    Tensors are concatenated with themselves whatever the length of dimension 0, so that packed image patches come out
+    right. A key-value cache of `batch_size` rows is copied and expanded; one that already has all rows is used as it is.
+
+    Raises:
+        ValueError: The batch is packed into one row (`cu_seq_lens_q` and the like), or the cache has another size.
+    """
+    packed = sorted(name for name in PACKED if inputs.get(name) is not None)
+    if packed:
+        raise ValueError(
+            f"`hypotheses='all'` cannot expand a packed batch: {', '.join(packed)} describe positions in one long row. "
+            "Pass padded rows, or one hypothesis at a time as an int."
+        )
+    return {name: _expand(name, value, copies, batch_size) for name, value in inputs.items()}
+
+
+def _expand(name: str, value: Any, copies: int, batch_size: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        if value.dim() == 0 or name in NOT_BATCHED:
+            return value
+        if name in BROADCAST and value.shape[0] != batch_size:
+            # (3, batch, length): the position ids of multimodal rotary embeddings.
+            has_batch_second = value.dim() == 3 and value.shape[1] == batch_size
+            return torch.cat([value] * copies, dim=1) if has_batch_second else value
+        return torch.cat([value] * copies)
+    if isinstance(value, Cache):
+        return _expand_cache(name, value, copies, batch_size)
+    if isinstance(value, ModelOutput):
+        return type(value)(**{key: _expand(key, item, copies, batch_size) for key, item in value.items()})
+    if isinstance(value, dict):
+        return {key: _expand(name, item, copies, batch_size) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_expand(name, item, copies, batch_size) for item in value)
+    return value
+
+
+def cache_rows(cache: Cache) -> int | None:
+    """The number of rows that a key-value cache holds, or None while it is empty."""
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    for layer in cache.layers:
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, torch.Tensor) and keys.numel() > 0:
+            return keys.shape[0]
+    return None
+
+
+def _expand_cache(name: str, cache: Cache, copies: int, batch_size: int) -> Cache:
+    rows = cache_rows(cache)
+    if rows is None or rows == copies * batch_size:
+        return cache
+    if rows != batch_size:
+        raise ValueError(
+            f"`{name}` holds {rows} rows; a call with hypotheses='all' on {batch_size} rows needs {batch_size} of them, or "
+            f"{copies * batch_size} from an earlier call with hypotheses='all'."
+        )
+    cache = copy.deepcopy(cache)
+    cache.batch_select_indices(torch.arange(batch_size).repeat(copies))  # type: ignore[attr-defined]
+    return cache
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Gradient checkpointing
+
+
+class RouteKeepingCheckpoint:
+    """A checkpoint function that recomputes under the route of its forward pass.
+
+    The recomputation happens during backward, when the call that knew the route has long returned, possibly in another
+    thread. So the route is stored with the checkpointed function itself.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], routing: Routing) -> None:
+        self.checkpoint = checkpoint
+        self.routing = routing
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        route = self.routing.current
+        # A compiled graph holds its recomputation already; a function it does not know would only break the graph.
+        if route is None or torch.compiler.is_compiling():
+            return self.checkpoint(function, *args, **kwargs)
+        return self.checkpoint(partial(_run_routed, self.routing, route, function), *args, **kwargs)
+
+
+def _run_routed(routing: Routing, route: Route, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with routing.use(route):
+        return function(*args, **kwargs)
+
+
+# Where transformers' layers, and torch's (FSDP's) CheckpointWrapper, keep their checkpoint function.
+_CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
+
+
+def keep_routes_in_checkpoints(model: nn.Module, routing: Routing) -> None:
+    """Give the checkpoint functions of `model` a memory of the route. Does nothing where they have it already."""
+    for module in model.modules():
+        for attribute in _CHECKPOINT_ATTRIBUTES:
+            function = module.__dict__.get(attribute)
+            if function is not None and not isinstance(function, RouteKeepingCheckpoint):
+                setattr(module, attribute, RouteKeepingCheckpoint(function, routing))
+
+
+def restore_checkpoints(model: nn.Module) -> None:
+    """Undo `keep_routes_in_checkpoints`."""
+    for module in model.modules():
+        for attribute in _CHECKPOINT_ATTRIBUTES:
+            function = module.__dict__.get(attribute)
+            if isinstance(function, RouteKeepingCheckpoint):
+                setattr(module, attribute, function.checkpoint)

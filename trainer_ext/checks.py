@@ -1,0 +1,128 @@
+"""Bad input is refused before a model is loaded or a step is lost."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from peft_mcl import MCLoraConfig
+
+
+def check_model(model: Any, peft_config: PeftConfig | None) -> None:
+    """Raise a ValueError unless training will act on an MCLORA model."""
+    advice = (
+        "Pass `peft_config=MCLoraConfig(num_hypotheses=..., task_type='CAUSAL_LM')`, or a model made by "
+        "`get_peft_model(model, MCLoraConfig(...))`."
+    )
+    if peft_config is not None and not isinstance(peft_config, MCLoraConfig):
+        raise ValueError(
+            f"`peft_config` must be an MCLoraConfig, got {type(peft_config).__name__}: MCLTrainer trains several hypotheses."
+        )
+    if isinstance(model, PeftModel):
+        active = model.peft_config[model.active_adapter]
+        if not isinstance(active, MCLoraConfig):
+            raise ValueError(f"`model` is a PeftModel with a {type(active).__name__} adapter, not an MCLORA model. {advice}")
+    elif peft_config is None:
+        raise ValueError(f"`model` is not an MCLORA model and there is no `peft_config`. {advice}")
+
+
+def check_output_dir(output_dir: str | None) -> None:
+    """Raise a ValueError unless a file can be written to `output_dir`, which is made if it is missing."""
+    path = Path(output_dir or ".")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".writable-"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"`output_dir` {str(path)!r} cannot be written: {error.strerror or error}. Choose another directory."
+        ) from error
+
+
+def check_dataset(
+    name: str, dataset: Any, args: Any, formatting_func: Callable[..., Any] | None = None
+) -> None:
+    """Raise a ValueError if a data set is missing, is empty, lacks its columns, or has an empty completion."""
+    if dataset is None:
+        raise ValueError(f"`{name}` is required.")
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return  # SFTTrainer names the types it takes.
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"`{name}` is empty: there is nothing to train on. Check the file, the split and any filters.")
+    if formatting_func is None and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        _check_columns(name, first, args.dataset_text_field)
+    if isinstance(dataset, Dataset) and "completion" in first and "input_ids" not in first:
+        for row, completion in enumerate(dataset["completion"]):
+            if _is_empty(completion):
+                raise ValueError(
+                    f"`{name}` has an empty completion in row {row}: there is nothing to learn from it. Remove such rows, for "
+                    "instance with `dataset.filter(lambda row: row['completion'])`."
+                )
+
+
+def _check_columns(name: str, first: dict[str, Any], text_field: str) -> None:
+    formats = (("input_ids",), (text_field,), ("messages",), ("conversations",), ("prompt", "completion"))
+    if not any(all(column in first for column in columns) for columns in formats):
+        wanted = "; ".join(" and ".join(repr(column) for column in columns) for columns in formats)
+        raise ValueError(
+            f"`{name}` has the columns {sorted(first)}, but training needs one of these sets: {wanted}. Rename your columns "
+            "with `dataset.rename_column`, or set `dataset_text_field`."
+        )
+
+
+def _is_empty(completion: Any) -> bool:
+    if isinstance(completion, str):
+        return not completion.strip()
+    if isinstance(completion, list):  # Messages of a conversation.
+        return not any(_has_content(message) for message in completion)
+    return completion is None
+
+
+def _has_content(message: Any) -> bool:
+    content = message.get("content") if isinstance(message, dict) else message
+    if isinstance(content, str):
+        return bool(content.strip())
+    return bool(content) or bool(isinstance(message, dict) and message.get("tool_calls"))
+
+
+def check_parallelism(accelerator: Any) -> None:
+    """Raise a ValueError if sequences are split over processes: their scores would be in parts."""
+    config = accelerator.parallelism_config
+    for name in ("sp", "cp"):
+        if config is not None and getattr(config, f"{name}_enabled", False):
+            raise ValueError(
+                f"Sequence parallelism (`{name}_size={getattr(config, f'{name}_size')}`) is not supported by MCLTrainer: each "
+                "process would see a part of a sequence and score the hypotheses on it alone. Set the size to 1."
+            )
+
+
+def last_whole_checkpoint(output_dir: Path) -> Path:
+    """The newest checkpoint in `output_dir` that was written to its end.
+
+    The state of the trainer is the last file of a checkpoint, so one that was interrupted lacks it.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = sorted(
+        (int(path.name.rsplit("-", 1)[1]), path)
+        for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rsplit("-", 1)[1].isdigit()
+    )
+    for _, path in reversed(found):
+        state = path / TRAINER_STATE_NAME
+        if state.is_file() and os.path.getsize(state) > 0:
+            return path
+    raise ValueError(
+        f"There is no whole checkpoint in {str(output_dir)!r} to resume from. Start without `resume_from_checkpoint`, and set "
+        "`save_steps` to have checkpoints."
+    )

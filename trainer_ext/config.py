@@ -1,0 +1,133 @@
+"""The arguments of `MCLTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from trainer_ext.objectives import OBJECTIVES
+
+
+NORMALIZATIONS = ("token", "sequence")
+DEFAULT_ANNEALING_FRACTION = 0.5
+
+
+@dataclass
+class MCLConfig(SFTConfig):
+    """Arguments of [`MCLTrainer`]: all of `trl.SFTConfig`, and those of the winner-takes-all objective.
+
+    Args:
+        objective (`str`): How the losses of the K hypotheses of a sequence are weighted. `"annealed"`: by a softmax of
+            their scores for each token, at a temperature that falls during training, then as `"wta"`; `"wta"`: only the
+            best; `"relaxed"`: the best by `1 - relaxed_epsilon`, the others share the rest; `"random"`: one drawn at random
+            (the control that any claim about the method needs).
+        relaxed_epsilon (`float`): Weight that the losers share under `"relaxed"`, in [0, 1].
+        initial_temperature (`float`): Temperature at step 0, in nats for each token, above 0.
+        final_temperature (`float`): Temperature at which annealing ends, above 0 and at most the initial one.
+        temperature_decay (`float`, *optional*): Factor on the temperature at each optimizer step, in (0, 1].
+        annealing_fraction (`float`, *optional*): Part of training after which the temperature reaches its final value, in
+            (0, 1]; the decay is derived. 0.5 unless `temperature_decay` is given. Give one of the two.
+        loss_normalization (`str`): `"token"`: the mean over the supervised tokens of the global batch, as SFTTrainer does;
+            `"sequence"`: the mean over sequences of their means over tokens.
+        no_win_warning_steps (`int`): Warn about a hypothesis that has won no sequence for this many optimizer steps; 0 for
+            never.
+
+    Raises:
+        ValueError: A value is out of its range, or an option of SFTConfig makes no sense with one loss for each sequence;
+            the message names it and says why.
+    """
+
+    objective: str = field(
+        default="annealed",
+        metadata={
+            "help": "Winner-takes-all objective: 'annealed', 'wta', 'relaxed' or 'random'.",
+            "choices": list(OBJECTIVES),
+        },
+    )
+    relaxed_epsilon: float = field(
+        default=0.05, metadata={"help": "Weight that the losers share under objective 'relaxed', in [0, 1]."}
+    )
+    initial_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of objective 'annealed' at step 0, in nats per token."}
+    )
+    final_temperature: float = field(
+        default=1e-6, metadata={"help": "Temperature at which annealing ends; from there on only the winner is trained."}
+    )
+    temperature_decay: float | None = field(
+        default=None, metadata={"help": "Factor on the temperature at each optimizer step, in (0, 1]."}
+    )
+    annealing_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Part of training after which the temperature is final (0.5 if no temperature_decay is given)."
+        },
+    )
+    loss_normalization: str = field(
+        default="token",
+        metadata={
+            "help": "'token' (as SFTTrainer) or 'sequence' (mean of the means of sequences).",
+            "choices": list(NORMALIZATIONS),
+        },
+    )
+    no_win_warning_steps: int = field(
+        default=100, metadata={"help": "Warn about a hypothesis without a win for this many steps; 0 for never."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check_objective()
+        self._refuse_meaningless_options()
+        if self.temperature_decay is None and self.annealing_fraction is None:
+            self.annealing_fraction = DEFAULT_ANNEALING_FRACTION
+        super().__post_init__()
+
+    def _check_objective(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}.")
+        if self.loss_normalization not in NORMALIZATIONS:
+            raise ValueError(
+                f"`loss_normalization` must be one of {', '.join(NORMALIZATIONS)}, got {self.loss_normalization!r}."
+            )
+        if not 0.0 <= self.relaxed_epsilon <= 1.0:
+            raise ValueError(f"`relaxed_epsilon` must be in [0, 1], got {self.relaxed_epsilon!r}.")
+        for name in ("initial_temperature", "final_temperature"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` must be above 0 and finite, got {getattr(self, name)!r}.")
+        if self.final_temperature > self.initial_temperature:
+            raise ValueError(
+                f"`final_temperature` ({self.final_temperature!r}) must not be above `initial_temperature` "
+                f"({self.initial_temperature!r}): the temperature only falls."
+            )
+        if self.temperature_decay is not None and self.annealing_fraction is not None:
+            raise ValueError(
+                f"Give `temperature_decay` ({self.temperature_decay!r}) or `annealing_fraction` "
+                f"({self.annealing_fraction!r}), not both: the decay follows from the fraction."
+            )
+        for name in ("temperature_decay", "annealing_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value <= 1.0:
+                raise ValueError(f"`{name}` must be in (0, 1], got {value!r}.")
+        if self.no_win_warning_steps < 0:
+            raise ValueError(f"`no_win_warning_steps` must be 0 (never) or more, got {self.no_win_warning_steps!r}.")
+
+    def _refuse_meaningless_options(self) -> None:
+        one_row = "one row would hold many sequences, but each sequence has its own winner. Set it to False"
+        refuse = {
+            # "chunked_nll" is TRL's old name for "nll".
+            "loss_type": (
+                self.loss_type not in ("nll", "chunked_nll"),
+                "it weights tokens by their own probability, but a winner is the hypothesis with the best likelihood of the "
+                "whole sequence. Leave it at 'nll'",
+            ),
+            "label_smoothing_factor": (
+                self.label_smoothing_factor != 0,
+                "the smoothed loss is not a likelihood, so it cannot tell which hypothesis explains a sequence best. Leave "
+                "it at 0",
+            ),
+            "packing": (self.packing, one_row),
+            "eval_packing": (bool(self.eval_packing), one_row),
+            "padding_free": (self.padding_free, one_row),
+        }
+        for name, (is_set, reason) in refuse.items():
+            if is_set:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` is not supported by MCLTrainer: {reason}.")

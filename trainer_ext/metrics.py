@@ -1,0 +1,69 @@
+"""What the trainer reports about the competition, from the scores of a window of sequences."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from trainer_ext.objectives import finite_scores
+
+
+class ScoreWindow:
+    """Collects the scores of sequences until they are summarised, exactly: no averages of averages."""
+
+    def __init__(self) -> None:
+        self._scores: list[torch.Tensor] = []
+        self._num_tokens: list[torch.Tensor] = []
+        self._winners: list[torch.Tensor] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._scores)
+
+    def add(self, scores: torch.Tensor, num_tokens: torch.Tensor, winners: torch.Tensor) -> None:
+        """Add B sequences: scores of shape (B, K) in nats, numbers of supervised tokens and winners of shape (B,)."""
+        self._scores.append(scores.detach().float().cpu())
+        self._num_tokens.append(num_tokens.cpu())
+        self._winners.append(winners.cpu())
+
+    def summary(self) -> dict[str, float]:
+        """The metrics of everything added so far; see `competition_metrics`."""
+        return competition_metrics(
+            torch.cat(self._scores), torch.cat(self._num_tokens), torch.cat(self._winners)
+        )
+
+    def clear(self) -> None:
+        self._scores.clear()
+        self._num_tokens.clear()
+        self._winners.clear()
+
+
+def competition_metrics(scores: torch.Tensor, num_tokens: torch.Tensor, winners: torch.Tensor) -> dict[str, float]:
+    """How well the hypotheses explain the sequences, and how they share them.
+
+    Args:
+        scores (`torch.Tensor`): Shape (N, K), nats for each sequence.
+        num_tokens (`torch.Tensor`): Shape (N,), supervised tokens of each sequence. Sequences without any do not count.
+        winners (`torch.Tensor`): int64 of shape (N,).
+
+    Returns:
+        `dict[str, float]`: In nats for each supervised token: `wta_nll` (best of K), `mean_nll`, `worst_nll` (of the K for
+        each sequence) and `mixture_nll`, -log of the likelihood under the mixture of the hypotheses weighted by their win
+        shares. `win_share/k`, the part of the sequences that hypothesis k won; `assignment_entropy` of the shares, in
+        nats.
+    """
+    counted = num_tokens > 0
+    scores, num_tokens, winners = finite_scores(scores[counted]).double(), num_tokens[counted], winners[counted]
+    num_hypotheses = scores.shape[1]
+    tokens = max(int(num_tokens.sum()), 1)
+    shares = torch.bincount(winners, minlength=num_hypotheses).double() / max(len(winners), 1)
+    mixture = torch.logsumexp(scores + shares.log(), dim=1)
+    metrics = {
+        "wta_nll": -scores.max(dim=1).values.sum().item() / tokens,
+        "mean_nll": -scores.mean(dim=1).sum().item() / tokens,
+        "worst_nll": -scores.min(dim=1).values.sum().item() / tokens,
+        "mixture_nll": -mixture.sum().item() / tokens,
+    }
+    metrics.update({f"win_share/{k}": share.item() for k, share in enumerate(shares)})
+    metrics["assignment_entropy"] = sum(-share * math.log(share) for share in shares.tolist() if share > 0) + 0.0
+    return metrics

@@ -1,0 +1,128 @@
+"""Winner-takes-all objectives: from the scores of the hypotheses to the weights of their losses.
+
+Pure functions of tensors. The score of hypothesis k for a sequence is s_k = sum_t log p(x_t | x_<t, c; theta_k) over the
+supervised tokens; the loss of the sequence is - sum_k q_k s_k, with the weights q of this module detached
+(arXiv 2507.10419, sections 3 and 4).
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+OBJECTIVES = ("wta", "relaxed", "annealed", "random")
+
+
+def finite_scores(scores: torch.Tensor) -> torch.Tensor:
+    """`scores` as float32 without infinities: NaN and -inf become the worst finite score, +inf the best."""
+    limit = torch.finfo(torch.float32).max
+    return torch.nan_to_num(scores.detach().float(), nan=-limit, posinf=limit, neginf=-limit)
+
+
+def pick_winners(scores: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """The best hypothesis of each sequence; exact ties are broken at random.
+
+    Args:
+        scores (`torch.Tensor`): Shape (B, K), any float dtype, higher is better.
+        generator (`torch.Generator`, *optional*): A CPU generator for the ties.
+
+    Returns:
+        `torch.Tensor`: int64 of shape (B,).
+    """
+    scores = finite_scores(scores)
+    # Drawn whether there is a tie or not, so that the number of draws does not depend on the scores.
+    lot = torch.rand(scores.shape, generator=generator).to(scores.device)
+    is_best = scores == scores.max(dim=1, keepdim=True).values
+    return torch.where(is_best, lot, -1.0).argmax(dim=1)
+
+
+def wta_weights(winners: torch.Tensor, num_hypotheses: int) -> torch.Tensor:
+    """1 for the winner, 0 for the rest: float32 of shape (B, K) from winners of shape (B,)."""
+    return torch.nn.functional.one_hot(winners, num_hypotheses).float()
+
+
+def relaxed_weights(winners: torch.Tensor, num_hypotheses: int, epsilon: float) -> torch.Tensor:
+    """1 - epsilon for the winner, epsilon / (K - 1) for each other: float32 of shape (B, K).
+
+    With one hypothesis the weight is 1. Relaxed winner-takes-all, arXiv 2507.10419, section 3.
+    """
+    if num_hypotheses == 1:
+        return wta_weights(winners, 1)
+    loser = epsilon / (num_hypotheses - 1)
+    return loser + (1.0 - epsilon - loser) * wta_weights(winners, num_hypotheses)
+
+
+def annealed_weights(scores: torch.Tensor, num_tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    """softmax over k of (s_k / n) / T: float32 of shape (B, K).
+
+    Args:
+        scores (`torch.Tensor`): Shape (B, K), nats for each sequence.
+        num_tokens (`torch.Tensor`): Shape (B,), the number n of supervised tokens.
+        temperature (`float`): T > 0, in nats for each token.
+    """
+    per_token = finite_scores(scores) / num_tokens.to(scores.device).clamp(min=1).unsqueeze(1)
+    # The best is subtracted before dividing, so that no temperature overflows; in float32 a smaller T is zero.
+    gap = per_token - per_token.max(dim=1, keepdim=True).values
+    return torch.softmax(gap / max(temperature, torch.finfo(torch.float32).tiny), dim=1)
+
+
+def random_weights(
+    num_sequences: int, num_hypotheses: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """1 for a hypothesis drawn uniformly for each sequence: float32 of shape (B, K). The control experiment."""
+    drawn = torch.randint(num_hypotheses, (num_sequences,), generator=generator)
+    return wta_weights(drawn, num_hypotheses)
+
+
+def assignment_weights(
+    objective: str,
+    scores: torch.Tensor,
+    num_tokens: torch.Tensor,
+    *,
+    epsilon: float = 0.05,
+    temperature: float | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights q of an objective, and the winners they are built on.
+
+    Args:
+        objective (`str`): `"wta"`, `"relaxed"`, `"annealed"` or `"random"`.
+        scores (`torch.Tensor`): Shape (B, K), any float dtype, in nats for each sequence.
+        num_tokens (`torch.Tensor`): Shape (B,), the number of supervised tokens.
+        epsilon (`float`): Of `"relaxed"`.
+        temperature (`float`, *optional*): Of `"annealed"`; None once it is at its final value (the weights of `"wta"`).
+        generator (`torch.Generator`, *optional*): A CPU generator for ties and draws.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: q, float32 of shape (B, K) on the device of `scores`, rows summing to 1, finite
+        for any scores; and the best hypothesis of each sequence, int64 of shape (B,).
+
+    Raises:
+        ValueError: There is no such objective.
+    """
+    num_sequences, num_hypotheses = scores.shape
+    winners = pick_winners(scores, generator)
+    if objective == "wta" or (objective == "annealed" and temperature is None):
+        weights = wta_weights(winners, num_hypotheses)
+    elif objective == "relaxed":
+        weights = relaxed_weights(winners, num_hypotheses, epsilon)
+    elif objective == "annealed":
+        assert temperature is not None
+        weights = annealed_weights(scores, num_tokens, temperature)
+    elif objective == "random":
+        weights = random_weights(num_sequences, num_hypotheses, generator).to(scores.device)
+    else:
+        raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {objective!r}.")
+    return weights, winners
+
+
+def temperature_at(step: int, initial: float, final: float, decay: float) -> float:
+    """T(step) = max(final, initial * decay ** step), with `step` counted in optimizer steps from 0."""
+    temperature = initial * decay**step
+    # A derived decay ends exactly on the final value but for rounding.
+    return final if temperature <= final * (1 + 1e-6) else temperature
+
+
+def decay_for(initial: float, final: float, steps: float) -> float:
+    """The decay with which the temperature falls from `initial` to `final` in `steps` optimizer steps."""
+    return (final / initial) ** (1.0 / max(steps, 1.0))
