@@ -9,10 +9,9 @@ from peft_mcl.config import MCLoraConfig
 from peft_mcl.convert import export_hypotheses, from_lora_adapters
 from peft_mcl.model import MCLoraModel
 from peft_mcl.registration import register
+from peft_mcl.version import __version__
 
 
-__version__ = "0.1.0"
-
-__all__ = ["MCLoraConfig", "MCLoraModel", "export_hypotheses", "from_lora_adapters"]
+__all__ = ["MCLoraConfig", "MCLoraModel", "__version__", "export_hypotheses", "from_lora_adapters"]
 
 register(MCLoraConfig, MCLoraModel)

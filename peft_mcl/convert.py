@@ -51,8 +51,14 @@ VARIANT_OPTIONS = (
     "kasa_config",
 )
 # mclora_A -> lora_A.weight for linear layers, mclora_embedding_A -> lora_embedding_A for embeddings.
-_TO_LORA = ((re.compile(r"\bmclora_([AB])$"), r"lora_\1.weight"), (re.compile(r"\bmclora_embedding_([AB])$"), r"lora_embedding_\1"))
-_FROM_LORA = ((re.compile(r"\blora_([AB])\.weight$"), r"mclora_\1"), (re.compile(r"\blora_embedding_([AB])$"), r"mclora_embedding_\1"))
+_TO_LORA = (
+    (re.compile(r"\bmclora_([AB])$"), r"lora_\1.weight"),
+    (re.compile(r"\bmclora_embedding_([AB])$"), r"lora_embedding_\1"),
+)
+_FROM_LORA = (
+    (re.compile(r"\blora_([AB])\.weight$"), r"mclora_\1"),
+    (re.compile(r"\blora_embedding_([AB])$"), r"mclora_embedding_\1"),
+)
 
 
 def _rename(key: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> str | None:
@@ -80,7 +86,9 @@ def export_hypotheses(model: PeftModel, out_dir: str | os.PathLike[str], adapter
     """
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, MCLoraConfig):
-        raise ValueError(f"`model` has no MCLORA adapter named {adapter_name!r}, only {sorted(getattr(model, 'peft_config', {}))}.")
+        raise ValueError(
+            f"`model` has no MCLORA adapter named {adapter_name!r}, only {sorted(getattr(model, 'peft_config', {}))}."
+        )
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     lora = LoraConfig(
         **{name: getattr(config, name) for name in SHARED_OPTIONS},

@@ -11,7 +11,6 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
@@ -43,7 +42,7 @@ def generate(tuner: MCLoraModel, *args: Any, hypotheses: Any = None, **kwargs: A
         ValueError: A hypothesis does not exist, or an argument that serves one sequence at a time (a streamer, an
             assistant model, a filled cache) meets several hypotheses.
     """
-    base = tuner.model
+    base: Any = tuner.model
     chosen = _choose(tuner, hypotheses)
     route = Route(hypothesis=chosen[0])
     if len(chosen) > 1:
@@ -82,7 +81,7 @@ def _choose(tuner: MCLoraModel, hypotheses: Any) -> list[int]:
     return [check_hypothesis(hypotheses, count, "hypotheses")]
 
 
-def _bind(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _bind(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of the base model's `generate` by name, those left at None dropped."""
     signature = inspect.signature(type(base).generate)
     arguments = signature.bind_partial(base, *args, **kwargs).arguments
@@ -114,13 +113,16 @@ def _refuse_single_row_arguments(arguments: dict[str, Any], count: int) -> None:
         )
 
 
-def _repeat_rows(base: nn.Module, arguments: dict[str, Any], count: int) -> int:
+def _repeat_rows(base: Any, arguments: dict[str, Any], count: int) -> int:
     """Repeat every input `count` times in a row, in place, by the model's own rule. Returns B."""
     options = GenerationConfig()
     batched = {
         name: value
         for name, value in arguments.items()
-        if isinstance(value, torch.Tensor) and value.dim() > 0 and name not in NOT_BATCHED and not hasattr(options, name)
+        if isinstance(value, torch.Tensor)
+        and value.dim() > 0
+        and name not in NOT_BATCHED
+        and not hasattr(options, name)
     }
     main = arguments.get("inputs", batched.get("input_ids", batched.get("inputs_embeds")))
     if main is None and not batched:
@@ -158,7 +160,7 @@ def _interleave(value: Any, count: int) -> Any:
     return value
 
 
-def _empty_prompt(base: nn.Module, arguments: dict[str, Any]) -> torch.Tensor:
+def _empty_prompt(base: Any, arguments: dict[str, Any]) -> torch.Tensor:
     config = arguments.get("generation_config") or base.generation_config
     token = arguments.get("bos_token_id", config.bos_token_id)
     if token is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,10 @@ class MCLoraLayer(nn.Module, BaseTunerLayer):
     base_layer: nn.Module
     in_features: int
     out_features: int
+
+    if TYPE_CHECKING:
+        # The attributes of BaseTunerLayer, which is not typed.
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(
         self,
@@ -366,7 +370,9 @@ def adapt(
     elif isinstance(base_layer, nn.Embedding):
         for option in ("max_norm", "sparse", "scale_grad_by_freq"):
             if getattr(base_layer, option):
-                raise TypeError(f"Target module {module_name!r} is an nn.Embedding with `{option}`, which is not supported.")
+                raise TypeError(
+                    f"Target module {module_name!r} is an nn.Embedding with `{option}`, which is not supported."
+                )
         layer_class = MCLoraEmbedding
     else:
         raise TypeError(

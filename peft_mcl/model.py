@@ -172,7 +172,7 @@ class MCLoraModel(BaseTuner):
         # `PeftModel.generate` without a task type calls the base model's `generate`, and no hook of transformers comes
         # before its inputs are checked. So this one instance, not its class, gets ours; `_detach` takes it off.
         if hasattr(model, "generate"):
-            model.generate = self.generate
+            model.__dict__["generate"] = self.generate
 
     def _detach(self, model: nn.Module) -> None:
         for hook in getattr(self, "_hooks", []):
@@ -195,7 +195,7 @@ class MCLoraModel(BaseTuner):
         # without autograd: one scoring or generate call, and every later gradient is silently wrong.
         for module in model.modules():
             if getattr(module, "support_avx512bf16_for_cpu", False):
-                module.support_avx512bf16_for_cpu = False
+                module.__dict__["support_avx512bf16_for_cpu"] = False
 
     def _create_and_replace(
         self,

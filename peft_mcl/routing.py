@@ -157,7 +157,11 @@ def _check_index(index: torch.Tensor, num_hypotheses: int, batch_size: int | Non
             f"`hypotheses` must have one entry for each of the {batch_size} rows of the batch, got {len(index)} entries."
         )
     # A compiled graph cannot branch on values; there an index out of range is caught by the gather itself.
-    if not torch.compiler.is_compiling() and len(index) and not 0 <= int(index.min()) <= int(index.max()) < num_hypotheses:
+    if (
+        not torch.compiler.is_compiling()
+        and len(index)
+        and not 0 <= int(index.min()) <= int(index.max()) < num_hypotheses
+    ):
         raise ValueError(
             f"`hypotheses` must lie in [0, {num_hypotheses - 1}] for a model with {num_hypotheses} hypotheses, got values "
             f"from {int(index.min())} to {int(index.max())}."
@@ -253,7 +257,7 @@ def _expand_cache(name: str, cache: Cache, copies: int, batch_size: int) -> Cach
             f"{copies * batch_size} from an earlier call with hypotheses='all'."
         )
     cache = copy.deepcopy(cache)
-    cache.batch_select_indices(torch.arange(batch_size).repeat(copies))  # type: ignore[attr-defined]
+    cache.batch_select_indices(torch.arange(batch_size).repeat(copies))
     return cache
 
 

@@ -29,7 +29,9 @@ def check_model(model: Any, peft_config: PeftConfig | None) -> None:
     if isinstance(model, PeftModel):
         active = model.peft_config[model.active_adapter]
         if not isinstance(active, MCLoraConfig):
-            raise ValueError(f"`model` is a PeftModel with a {type(active).__name__} adapter, not an MCLORA model. {advice}")
+            raise ValueError(
+                f"`model` is a PeftModel with a {type(active).__name__} adapter, not an MCLORA model. {advice}"
+            )
     elif peft_config is None:
         raise ValueError(f"`model` is not an MCLORA model and there is no `peft_config`. {advice}")
 
@@ -47,9 +49,7 @@ def check_output_dir(output_dir: str | None) -> None:
         ) from error
 
 
-def check_dataset(
-    name: str, dataset: Any, args: Any, formatting_func: Callable[..., Any] | None = None
-) -> None:
+def check_dataset(name: str, dataset: Any, args: Any, formatting_func: Callable[..., Any] | None = None) -> None:
     """Raise a ValueError if a data set is missing, is empty, lacks its columns, or has an empty completion."""
     if dataset is None:
         raise ValueError(f"`{name}` is required.")

@@ -52,7 +52,8 @@ class MCLConfig(SFTConfig):
         default=1.0, metadata={"help": "Temperature of objective 'annealed' at step 0, in nats per token."}
     )
     final_temperature: float = field(
-        default=1e-6, metadata={"help": "Temperature at which annealing ends; from there on only the winner is trained."}
+        default=1e-6,
+        metadata={"help": "Temperature at which annealing ends; from there on only the winner is trained."},
     )
     temperature_decay: float | None = field(
         default=None, metadata={"help": "Factor on the temperature at each optimizer step, in (0, 1]."}

@@ -28,9 +28,7 @@ class ScoreWindow:
 
     def summary(self) -> dict[str, float]:
         """The metrics of everything added so far; see `competition_metrics`."""
-        return competition_metrics(
-            torch.cat(self._scores), torch.cat(self._num_tokens), torch.cat(self._winners)
-        )
+        return competition_metrics(torch.cat(self._scores), torch.cat(self._num_tokens), torch.cat(self._winners))
 
     def clear(self) -> None:
         self._scores.clear()

@@ -66,9 +66,7 @@ def annealed_weights(scores: torch.Tensor, num_tokens: torch.Tensor, temperature
     return torch.softmax(gap / max(temperature, torch.finfo(torch.float32).tiny), dim=1)
 
 
-def random_weights(
-    num_sequences: int, num_hypotheses: int, generator: torch.Generator | None = None
-) -> torch.Tensor:
+def random_weights(num_sequences: int, num_hypotheses: int, generator: torch.Generator | None = None) -> torch.Tensor:
     """1 for a hypothesis drawn uniformly for each sequence: float32 of shape (B, K). The control experiment."""
     drawn = torch.randint(num_hypotheses, (num_sequences,), generator=generator)
     return wta_weights(drawn, num_hypotheses)

@@ -49,9 +49,9 @@ class SupervisedPositions:
         base_model (`transformers.PreTrainedModel`): The causal language model with TRL's fused head.
     """
 
-    def __init__(self, base_model: nn.Module) -> None:
+    def __init__(self, base_model: Any) -> None:
         self._where: tuple[torch.Tensor, torch.Tensor, int] | None = None
-        base_model.base_model.register_forward_hook(self._select)  # type: ignore[union-attr, operator]
+        base_model.base_model.register_forward_hook(self._select)
 
     @contextmanager
     def selected(self, sequence: torch.Tensor, column: torch.Tensor, batch_size: int) -> Iterator[None]:

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset
 from peft import PeftConfig
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
 
-from peft_mcl import MCLoraConfig
 from trainer_ext import checks
 from trainer_ext.config import MCLConfig
 from trainer_ext.metrics import ScoreWindow
@@ -57,7 +55,9 @@ class MCLTrainer(SFTTrainer):
             an MCLORA adapter.
         args ([`MCLConfig`], *optional*): The arguments.
         peft_config ([`~peft_mcl.MCLoraConfig`], *optional*): Needed unless `model` is an MCLORA model.
-        **kwargs: All other arguments of SFTTrainer.
+        data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers,
+            optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, formatting_func: As for SFTTrainer.
+        compute_loss_func: Refused; the loss is the objective's.
 
     Raises:
         ValueError: The model has no hypotheses, the data set is empty or lacks its columns, an option makes no sense with
@@ -71,6 +71,8 @@ class MCLTrainer(SFTTrainer):
         "id": "2507.10419",
     }
 
+    # Untyped in the parents: a transformers model, None only before `__init__` has run.
+    model: Any
     args: MCLConfig
 
     def __init__(
@@ -82,10 +84,14 @@ class MCLTrainer(SFTTrainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         compute_loss_func: Callable[..., Any] | None = None,
-        *other_args: Any,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, Any] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[..., Any] | None = None,
-        **kwargs: Any,
     ) -> None:
         args = _as_mcl_config(args, model)
         checks.check_model(model, peft_config)
@@ -100,17 +106,20 @@ class MCLTrainer(SFTTrainer):
             checks.check_dataset(name, dataset, args, formatting_func)
 
         super().__init__(
-            model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            None,
-            *other_args,
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
             peft_config=peft_config,
             formatting_func=formatting_func,
-            **kwargs,
         )
         checks.check_parallelism(self.accelerator)
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == 0:
@@ -376,7 +385,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def has_dropout(model: nn.Module) -> bool:
+def has_dropout(model: Any) -> bool:
     """Whether a training forward of `model` is random: dropout modules, or dropout rates in its configuration."""
     modules = (module.p > 0 for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd))
     config = model.config.to_dict() if hasattr(model, "config") else {}

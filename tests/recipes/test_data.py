@@ -19,6 +19,7 @@ import pytest
 
 from recipes.data import bible, cache
 
+
 ROOT = Path(__file__).resolve().parents[2]
 BOOKS = {1: "Genesis", 44: "Acts", 45: "Romans", 58: "Hebrews", 59: "James"}
 CHAPTERS, VERSES_PER_CHAPTER = 2, 20
