@@ -26,9 +26,24 @@ class ScoreWindow:
         self._num_tokens.append(num_tokens.cpu())
         self._winners.append(winners.cpu())
 
+    @property
+    def scores(self) -> torch.Tensor:
+        """float32 of shape (N, K), nats for each sequence."""
+        return torch.cat(self._scores)
+
+    @property
+    def num_tokens(self) -> torch.Tensor:
+        """int64 of shape (N,), supervised tokens of each sequence."""
+        return torch.cat(self._num_tokens)
+
+    @property
+    def winners(self) -> torch.Tensor:
+        """int64 of shape (N,), the best hypothesis of each sequence."""
+        return torch.cat(self._winners)
+
     def summary(self) -> dict[str, float]:
         """The metrics of everything added so far; see `competition_metrics`."""
-        return competition_metrics(torch.cat(self._scores), torch.cat(self._num_tokens), torch.cat(self._winners))
+        return competition_metrics(self.scores, self.num_tokens, self.winners)
 
     def clear(self) -> None:
         self._scores.clear()

@@ -200,7 +200,7 @@ class MCLTrainer(SFTTrainer):
         Returns:
             sum_k q_k log p_k of the supervised tokens, shape (N,), and the load-balancing loss of mixtures of experts.
         """
-        batch_size, num_hypotheses = weights.shape
+        batch_size = len(weights)
         sequences, hypotheses = weights.nonzero(as_tuple=True)
         if len(sequences) == batch_size:
             # Exactly one row for each sequence, and `nonzero` keeps their order: nothing needs to be copied.
@@ -338,14 +338,33 @@ class MCLTrainer(SFTTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As SFTTrainer, with the exact metrics of the competition over the whole data set; the loss is `wta_nll`."""
-        self._eval_window.clear()
+        self._eval_window = ScoreWindow()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._eval_window and output.metrics is not None:
             metrics = self._eval_window.summary()
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
             output.metrics[f"{metric_key_prefix}_loss"] = metrics["wta_nll"]
-        self._eval_window.clear()
         return output
+
+    def score(self, dataset: Dataset) -> ScoreWindow:
+        """Score every sequence of a data set under every hypothesis, without training.
+
+        Args:
+            dataset (`datasets.Dataset`): In any format that `evaluate` takes.
+
+        Returns:
+            [`ScoreWindow`]: `scores` (N, K) in nats, `num_tokens` (N,) and `winners` (N,), in the order of the data set.
+
+        Raises:
+            ValueError: A sequence lost its completion when it was cut to `max_length`.
+        """
+        self.evaluate(dataset)
+        if len(self._eval_window.winners) != len(dataset):
+            raise ValueError(
+                f"Only {len(self._eval_window.winners)} of the {len(dataset)} sequences can be scored: the others lost their "
+                f"completion when they were cut to `max_length={self.args.max_length}`. Raise it, or shorten the prompts."
+            )
+        return self._eval_window
 
     # ------------------------------------------------------------------------------------------------------------
     # Resuming

@@ -1,0 +1,1 @@
+"""Programs to launch and to edit."""

@@ -1,0 +1,155 @@
+"""Decode prompts under every hypothesis of an adapter, and show the continuations side by side.
+
+```bash
+python recipes/generate.py --adapter outputs/mcl --prompts "The sun rose over the hills."
+python recipes/generate.py --adapter user/my-adapter --prompts_file prompts.jsonl --output continuations.jsonl
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForCausalLM
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+from trl import TrlParser
+
+import peft_mcl  # noqa: F401  (registers the adapter type)
+
+
+@dataclass
+class GenerateArguments:
+    """What to decode, and how."""
+
+    adapter: str = field(metadata={"help": "Directory or Hub id of an MCLORA adapter."})
+    prompts: list[str] | None = field(default=None, metadata={"help": "Prompts, as text."})
+    prompts_file: str | None = field(
+        default=None,
+        metadata={"help": "A text file (one prompt a line), or JSONL with the key `prompt`: text or chat messages."},
+    )
+    max_prompts: int | None = field(default=None, metadata={"help": "Take only the first ones."})
+    append: str = field(default="", metadata={"help": "Text to put after each prompt, such as '\\n'."})
+    hypotheses: list[int] | None = field(default=None, metadata={"help": "Only these hypotheses, in this order."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest continuation, in tokens."})
+    num_beams: int = field(default=1, metadata={"help": "Beams of each hypothesis."})
+    do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the most likely."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling."})
+    top_p: float = field(default=1.0, metadata={"help": "Of sampling."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1: repeat less."})
+    seed: int = field(default=0, metadata={"help": "Of sampling."})
+    batch_size: int = field(default=8, metadata={"help": "Prompts decoded at once."})
+    dtype: str = field(default="auto", metadata={"help": "Of the base model: 'auto', 'bfloat16', 'float32'..."})
+    output: str | None = field(default=None, metadata={"help": "Also write the continuations to this JSONL file."})
+
+
+def main(args: GenerateArguments) -> None:
+    rows = read_prompts(args)
+    model = AutoPeftModelForCausalLM.from_pretrained(args.adapter, dtype=args.dtype).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(args.adapter, model)
+    torch.manual_seed(args.seed)
+
+    for start in range(0, len(rows), args.batch_size):
+        batch = rows[start : start + args.batch_size]
+        for row, continuations in zip(batch, decode(model, tokenizer, [r["prompt"] for r in batch], args), strict=True):
+            row["continuations"] = continuations
+    show(rows, args.hypotheses or list(range(model.num_hypotheses)))
+    if args.output:
+        write_jsonl(rows, Path(args.output))
+
+
+def read_prompts(args: GenerateArguments) -> list[dict[str, Any]]:
+    """The prompts of the command line and of the file, as rows with the key `prompt`."""
+    rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in args.prompts or []]
+    if args.prompts_file:
+        lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
+        lines = [line for line in lines if line.strip()]
+        if args.prompts_file.endswith(".jsonl"):
+            rows += [json.loads(line) for line in lines]
+        else:
+            rows += [{"prompt": line} for line in lines]
+    if any("prompt" not in row for row in rows):
+        raise ValueError(f"`prompts_file` {args.prompts_file!r} has a row without the key 'prompt'.")
+    # Several rows of a data set can share a prompt, one for each reference.
+    unique = {json.dumps(row["prompt"]): row for row in reversed(rows)}
+    rows = [{"prompt": row["prompt"]} for row in reversed(list(unique.values()))]
+    if not rows:
+        raise ValueError("There is nothing to decode: give `--prompts` or `--prompts_file`.")
+    for row in rows:
+        if isinstance(row["prompt"], str):
+            row["prompt"] += args.append
+    return rows[: args.max_prompts]
+
+
+def load_tokenizer(adapter: str, model: Any) -> Any:
+    """The tokenizer saved with the adapter, or else that of the base model; padded on the left, for decoding."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(adapter)
+    except (OSError, ValueError):
+        tokenizer = AutoTokenizer.from_pretrained(model.active_peft_config.base_model_name_or_path)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@torch.no_grad()
+def decode(model: Any, tokenizer: Any, prompts: list[Any], args: GenerateArguments) -> list[list[str]]:
+    """For each prompt (text or chat messages), the continuation of each hypothesis."""
+    texts = [
+        prompt if isinstance(prompt, str)
+        else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        for prompt in prompts
+    ]  # fmt: skip
+    inputs = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
+    sampling = {"temperature": args.temperature, "top_p": args.top_p} if args.do_sample else {}
+    sequences = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        hypotheses=args.hypotheses,
+        max_new_tokens=args.max_new_tokens,
+        num_beams=args.num_beams,
+        do_sample=args.do_sample,
+        repetition_penalty=args.repetition_penalty,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+    new_tokens = sequences[:, inputs["input_ids"].shape[1] :]
+    answers = [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+    count = len(answers) // len(prompts)
+    return [answers[i * count : (i + 1) * count] for i in range(len(prompts))]
+
+
+def show(rows: list[dict[str, Any]], hypotheses: list[int]) -> None:
+    """Print a table: a prompt in each row, a hypothesis in each column."""
+    table = Table(show_lines=True)
+    table.add_column("prompt", style="bold", ratio=1)
+    for hypothesis in hypotheses:
+        table.add_column(f"hypothesis {hypothesis}", ratio=1)
+    for row in rows:
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        table.add_row(prompt.strip(), *row["continuations"])
+    # Away from a terminal (a file, a pipe) the width is unknown; the table needs room.
+    console = Console(markup=False)
+    Console(markup=False, width=console.width if console.is_terminal else 150).print(table)
+
+
+def write_jsonl(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write the rows to `path`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(file.name, path)
+    path.chmod(0o644)
+
+
+if __name__ == "__main__":
+    main(*TrlParser((GenerateArguments,)).parse_args_and_config())

@@ -1,0 +1,143 @@
+"""Train the hypotheses of a causal language model on a data set of the Hub or a local file.
+
+```bash
+accelerate launch recipes/train_mcl.py \
+    --model_name_or_path Qwen/Qwen3-0.6B \
+    --dataset_name train.jsonl \
+    --num_hypotheses 3 --lora_r 8 --lora_alpha 16 --lora_target_modules all-linear \
+    --objective annealed --learning_rate 1e-3 --num_train_epochs 1 \
+    --output_dir outputs/mcl
+```
+
+Every option can stand in a YAML file, `--config file.yaml`; the command line overrides it. The options are those of
+`trl.ScriptArguments`, `trl.ModelConfig` (model, quantisation, LoRA) and `trainer_ext.MCLConfig`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
+from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+
+from peft_mcl import MCLoraConfig
+from trainer_ext import MCLConfig, MCLTrainer
+
+
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass
+class HypothesisArguments:
+    """The options that LoRA alone does not have."""
+
+    num_hypotheses: int = field(default=3, metadata={"help": "Number of LoRA hypotheses (K)."})
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "A local file to evaluate on, where `dataset_name` is a file too."}
+    )
+
+
+def main(
+    script_args: ScriptArguments,
+    training_args: MCLConfig,
+    model_args: ModelConfig,
+    hypothesis_args: HypothesisArguments,
+) -> None:
+    # Parse -> build -> train -> save.
+    train_dataset, eval_dataset = load_data(script_args, training_args, hypothesis_args)
+    model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
+
+    trainer = MCLTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=peft_config(model_args, hypothesis_args),
+    )
+    try:
+        trainer.train(resume_from_checkpoint=resume_argument(training_args.resume_from_checkpoint))
+    except KeyboardInterrupt:
+        trainer.accelerator.print(
+            f"\nInterrupted at step {trainer.state.global_step}. Run the same command with `--resume_from_checkpoint True` to "
+            f"go on from the last checkpoint in {training_args.output_dir}."
+        )
+        sys.exit(130)
+
+    trainer.save_model(training_args.output_dir)
+    trainer.save_state()
+    trainer.accelerator.print(f"The adapter is in {training_args.output_dir}.")
+    if eval_dataset is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    # Finish the trackers and leave the process group.
+    trainer.end()
+
+
+def peft_config(model_args: ModelConfig, hypothesis_args: HypothesisArguments) -> MCLoraConfig:
+    """The adapter, from the LoRA options of TRL."""
+    for name in ("use_dora", "lora_target_parameters"):
+        if getattr(model_args, name):
+            raise ValueError(f"`{name}` is not supported: each hypothesis is plain LoRA. Leave the option out.")
+    return MCLoraConfig(
+        num_hypotheses=hypothesis_args.num_hypotheses,
+        task_type=model_args.lora_task_type,
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        use_rslora=model_args.use_rslora,
+        target_modules=model_args.lora_target_modules,
+        modules_to_save=model_args.lora_modules_to_save,
+    )
+
+
+def load_data(
+    script_args: ScriptArguments, training_args: MCLConfig, hypothesis_args: HypothesisArguments
+) -> tuple[Dataset, Dataset | None]:
+    """The training and the evaluation split, of a data set on the Hub, a local folder or a local file."""
+    name = script_args.dataset_name
+    if not name:
+        raise ValueError("`dataset_name` is required: a data set on the Hub, or a local JSONL, Parquet or CSV file.")
+    if Path(name).suffix in FILE_FORMATS:
+        dataset: Any = DatasetDict(train=load_file(name, script_args.dataset_streaming))
+        if hypothesis_args.eval_dataset_name:
+            dataset["test"] = load_file(hypothesis_args.eval_dataset_name, script_args.dataset_streaming)
+    else:
+        dataset = load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+    train = split_of(dataset, script_args.dataset_train_split, "dataset_train_split")
+    if training_args.eval_strategy == "no" and not hypothesis_args.eval_dataset_name:
+        return train, None
+    return train, split_of(dataset, script_args.dataset_test_split, "dataset_test_split")
+
+
+def load_file(path: str, streaming: bool) -> Any:
+    if not os.path.isfile(path):
+        raise ValueError(f"There is no file {path!r}. Check the path, or name a data set on the Hub.")
+    return load_dataset(FILE_FORMATS[Path(path).suffix], data_files=path, split="train", streaming=streaming)
+
+
+def split_of(dataset: DatasetDict | IterableDatasetDict, split: str, option: str) -> Any:
+    if split not in dataset:
+        raise ValueError(f"`{option}`: the data set has no split {split!r}, only {sorted(dataset)}.")
+    return dataset[split]
+
+
+def resume_argument(value: Any) -> Any:
+    """`--resume_from_checkpoint True` arrives as text."""
+    return {"true": True, "false": None}.get(str(value).lower(), value)
+
+
+if __name__ == "__main__":
+    parser = TrlParser((ScriptArguments, MCLConfig, ModelConfig, HypothesisArguments))
+    main(*parser.parse_args_and_config())
