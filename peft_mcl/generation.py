@@ -15,14 +15,15 @@ from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from peft_mcl.routing import NOT_BATCHED, Route, cache_rows, check_hypothesis
+from peft_mcl.routing import BROADCAST, NOT_BATCHED, Route, cache_rows, check_hypothesis
 
 
 if TYPE_CHECKING:
     from peft_mcl.model import MCLoraModel
 
-# What serves one sequence at a time, and so one hypothesis at a time.
-SINGLE_ROW_ARGUMENTS = ("streamer", "assistant_model", "prompt_lookup_num_tokens")
+# What serves one sequence at a time, and so one hypothesis at a time: arguments and options of transformers' `generate`.
+SINGLE_ROW_ARGUMENTS = ("streamer", "assistant_model")
+SINGLE_ROW_OPTIONS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "token_healing")
 
 
 def generate(tuner: MCLoraModel, *args: Any, hypotheses: Any = None, **kwargs: Any) -> Any:
@@ -47,8 +48,12 @@ def generate(tuner: MCLoraModel, *args: Any, hypotheses: Any = None, **kwargs: A
     route = Route(hypothesis=chosen[0])
     if len(chosen) > 1:
         arguments = _bind(base, args, kwargs)
-        _refuse_single_row_arguments(arguments, len(chosen))
-        rows = _repeat_rows(base, arguments, len(chosen))
+        # The options in force, with the defaults of the model, and the inputs of the model, as `generate` tells them apart.
+        own = inspect.signature(type(base).generate).parameters
+        rest = {name: value for name, value in arguments.items() if name not in own}
+        options, inputs = base._prepare_generation_config(arguments.get("generation_config"), **rest)
+        _refuse_single_row_arguments(arguments, options, len(chosen))
+        rows = _repeat_rows(base, arguments, options, inputs, len(chosen))
         args, kwargs = (), arguments
         route = Route(index=torch.tensor(chosen).repeat(rows))
     with tuner.routing.use(route):
@@ -59,48 +64,50 @@ def _choose(tuner: MCLoraModel, hypotheses: Any) -> list[int]:
     """The hypotheses to decode, in order."""
     count = tuner.num_hypotheses
     if hypotheses is None:
+        running = tuner.routing.offered
+        if running is not None and running.hypothesis is not None:
+            # transformers calls `generate` of the model inside `generate` (token healing, early exit).
+            return [running.hypothesis]
         layer = next(module for module in tuner.model.modules() if isinstance(module, tuner.tuner_layer_cls))
         if layer.disable_adapters or layer.merged:
             return [tuner.routing.active]
         return list(range(count))
-    if isinstance(hypotheses, str):
-        if hypotheses != "all":
-            raise ValueError(f"`hypotheses` must be an int, a list of ints or 'all', got {hypotheses!r}.")
+    if isinstance(hypotheses, str) and hypotheses == "all":
         return list(range(count))
-    if isinstance(hypotheses, torch.Tensor):
-        if hypotheses.dim() != 1 or hypotheses.is_floating_point() or hypotheses.dtype == torch.bool:
-            raise ValueError(
-                "`hypotheses` must be an int, a list of ints or a 1-D integer tensor, got a tensor of shape "
-                f"{tuple(hypotheses.shape)} and dtype {hypotheses.dtype}."
-            )
+    if isinstance(hypotheses, torch.Tensor) and hypotheses.dim() == 1:
         hypotheses = hypotheses.tolist()
     if isinstance(hypotheses, (list, tuple)):
         if not hypotheses:
             raise ValueError("`hypotheses` is empty: name at least one hypothesis, or leave it out for all of them.")
         return [check_hypothesis(index, count, "hypotheses") for index in hypotheses]
+    if isinstance(hypotheses, (str, bool, torch.Tensor)) or not hasattr(hypotheses, "__index__"):
+        raise ValueError(
+            f"`hypotheses` must be an int, a list, tuple or 1-D tensor of ints in [0, {count - 1}], or 'all', got "
+            f"{hypotheses!r}."
+        )
     return [check_hypothesis(hypotheses, count, "hypotheses")]
 
 
 def _bind(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of the base model's `generate` by name, those left at None dropped."""
+    """All arguments of the base model's `generate` by name."""
     signature = inspect.signature(type(base).generate)
     arguments = signature.bind_partial(base, *args, **kwargs).arguments
     arguments.pop("self", None)
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments.update(arguments.pop(parameter.name, {}))
-    return {name: value for name, value in arguments.items() if value is not None}
+    return dict(arguments)
 
 
-def _refuse_single_row_arguments(arguments: dict[str, Any], count: int) -> None:
-    config = arguments.get("generation_config")
-    for name in SINGLE_ROW_ARGUMENTS:
-        if arguments.get(name) is not None or getattr(config, name, None) is not None:
-            raise ValueError(
-                f"`{name}` serves one sequence at a time, but {count} hypotheses were asked for. Pass `hypotheses=k` to "
-                "generate under one of them."
-            )
-    if "paged" in (arguments.get("cache_implementation"), getattr(config, "cache_implementation", None)):
+def _refuse_single_row_arguments(arguments: dict[str, Any], options: GenerationConfig, count: int) -> None:
+    used = [name for name in SINGLE_ROW_ARGUMENTS if arguments.get(name) is not None]
+    used += [name for name in SINGLE_ROW_OPTIONS if getattr(options, name, None)]
+    if used:
+        raise ValueError(
+            f"`{used[0]}` serves one sequence at a time, but {count} hypotheses were asked for. Pass `hypotheses=k` to "
+            "generate under one of them."
+        )
+    if options.cache_implementation == "paged":
         raise ValueError(
             "`cache_implementation='paged'` packs all sequences into one row, which can run only one hypothesis, but "
             f"{count} were asked for. Pass `hypotheses=k`."
@@ -113,56 +120,70 @@ def _refuse_single_row_arguments(arguments: dict[str, Any], count: int) -> None:
         )
 
 
-def _repeat_rows(base: Any, arguments: dict[str, Any], count: int) -> int:
-    """Repeat every input `count` times in a row, in place, by the model's own rule. Returns B."""
-    options = GenerationConfig()
-    batched = {
-        name: value
-        for name, value in arguments.items()
-        if isinstance(value, torch.Tensor)
-        and value.dim() > 0
-        and name not in NOT_BATCHED
-        and not hasattr(options, name)
-    }
-    main = arguments.get("inputs", batched.get("input_ids", batched.get("inputs_embeds")))
-    if main is None and not batched:
-        # As transformers does for a call without a prompt, only for several rows.
-        main = arguments["inputs"] = batched["inputs"] = _empty_prompt(base, arguments)
-    main = next(iter(batched.values())) if main is None else main
+def _repeat_rows(
+    base: Any, arguments: dict[str, Any], options: GenerationConfig, inputs: dict[str, Any], count: int
+) -> int:
+    """Repeat every input `count` times in a row, in place in `arguments`, by the model's own rule. Returns B."""
+    own = inspect.signature(type(base).generate).parameters
+    own_inputs = {name: value for name, value in arguments.items() if name in own and _is_batched(name, value)}
+    batched = {name: value for name, value in inputs.items() if _is_batched(name, value)}
+    encoder_outputs = arguments.get("encoder_outputs")
+    encoded = [] if encoder_outputs is None else [encoder_outputs[0]]
+    # The order in which `generate` looks for its main input.
+    known = [
+        own_inputs.get("inputs"),
+        batched.get("input_ids"),
+        batched.get("inputs_embeds"),
+        *encoded,
+        *batched.values(),
+    ]
+    main = next((value for value in known if value is not None), None)
+    if main is None:
+        # As `generate` does for a call without a prompt, only for several rows.
+        main = own_inputs["inputs"] = _empty_prompt(base, options)
+    size = main.shape[0]
 
-    # Tensors that are arguments of `generate` itself are not inputs of the model, so its rule does not see them.
-    own = [name for name in batched if name in inspect.signature(type(base).generate).parameters]
-    for name in own:
-        arguments[name] = batched.pop(name).repeat_interleave(count, dim=0)
+    # Arguments of `generate` itself are no inputs of the model, so its rule does not see them.
+    for name, value in own_inputs.items():
+        arguments[name] = value.repeat_interleave(count, dim=0)
+    # One row for a larger batch applies to all rows.
+    batched = {name: value for name, value in batched.items() if not (name in BROADCAST and value.shape[0] == 1 < size)}
     input_ids, expanded = base._expand_inputs_for_generation(
         expand_size=count, is_encoder_decoder=False, input_ids=batched.pop("input_ids", None), **batched
     )
     arguments.update(expanded)
     if input_ids is not None:
         arguments["input_ids"] = input_ids
-    if isinstance(arguments.get("encoder_outputs"), ModelOutput):
-        outputs = arguments["encoder_outputs"]
-        arguments["encoder_outputs"] = type(outputs)(
-            **{key: _interleave(value, count) for key, value in outputs.items()}
-        )
+    if encoder_outputs is not None:
+        arguments["encoder_outputs"] = _interleave(encoder_outputs, count)
+    if isinstance(options.decoder_start_token_id, list):
+        # One token for each input.
+        arguments["decoder_start_token_id"] = [token for token in options.decoder_start_token_id for _ in range(count)]
     allowed_tokens = arguments.get("prefix_allowed_tokens_fn")
     if allowed_tokens is not None:
-        # The user's function counts inputs, not rows.
-        arguments["prefix_allowed_tokens_fn"] = lambda row, ids: allowed_tokens(row // count, ids)
-    return main.shape[0]
+        # It is given the number of the input, or, when sampling n sequences for each input, that of the sample (b * n + i).
+        samples = options.num_return_sequences if options.num_beams == 1 else 1
+        arguments["prefix_allowed_tokens_fn"] = lambda row, ids: allowed_tokens(
+            row // (count * samples) * samples + row % samples, ids
+        )
+    return size
+
+
+def _is_batched(name: str, value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and name not in NOT_BATCHED
 
 
 def _interleave(value: Any, count: int) -> Any:
     if isinstance(value, torch.Tensor):
         return value.repeat_interleave(count, dim=0)
+    if isinstance(value, ModelOutput):
+        return type(value)(**{key: _interleave(item, count) for key, item in value.items()})
     if isinstance(value, tuple):
         return tuple(_interleave(item, count) for item in value)
     return value
 
 
-def _empty_prompt(base: Any, arguments: dict[str, Any]) -> torch.Tensor:
-    config = arguments.get("generation_config") or base.generation_config
-    token = arguments.get("bos_token_id", config.bos_token_id)
-    if token is None:
+def _empty_prompt(base: Any, options: GenerationConfig) -> torch.Tensor:
+    if options.bos_token_id is None:
         raise ValueError("`generate` needs `input_ids`, or a `bos_token_id` to start from.")
-    return torch.full((1, 1), token, dtype=torch.long, device=base.device)
+    return torch.full((1, 1), options.bos_token_id, dtype=torch.long, device=base.device)

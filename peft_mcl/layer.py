@@ -187,7 +187,8 @@ class MCLoraLayer(nn.Module, BaseTunerLayer):
             return route
         # A layer that runs during backward without a route is being recomputed by a checkpoint function that was not
         # given a memory; guessing a hypothesis here would silently give wrong gradients.
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        has_choice = max(self.num_hypotheses.values(), default=1) > 1
+        if has_choice and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 f"The adapted layer {self.module_name!r} is recomputed during backward by an unknown checkpoint function, "
                 "so the hypotheses of its rows are lost. Enable checkpointing with "

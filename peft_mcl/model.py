@@ -54,8 +54,13 @@ class MCLoraModel(BaseTuner):
     @property
     def num_hypotheses(self) -> int:
         """K of the active adapter (1 if none is active: the base model is the only answer)."""
-        names = [name for name in self.active_adapters if name in self.peft_config]
-        return self.peft_config[names[0]].num_hypotheses if names else 1
+        # Asked of the layers: `inject_adapter_in_model` and transformers' `set_adapter` tell nobody else what is active.
+        for module in self.model.modules():
+            if isinstance(module, MCLoraLayer):
+                for name in module.active_adapters:
+                    if name in module.num_hypotheses:
+                        return module.num_hypotheses[name]
+        return 1
 
     @property
     def active_hypothesis(self) -> int:
@@ -125,14 +130,15 @@ class MCLoraModel(BaseTuner):
                 "`adapter_names` is not supported by MCLORA. Use `hypotheses=` with one index for each row; to change "
                 "between named adapters call `set_adapter`."
             )
-        with self.routing.restored():
+        # None: what a call of `PeftModel` does inside another one, or inside `generate`, is not part of that one.
+        with self.routing.use(None):
             yield
 
     def _enter_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the base model: takes `hypotheses` out, expands the rows, puts the route on the stack."""
-        inherited = self.routing.current
+        route = self.routing.offered or Route(hypothesis=self.routing.active)
         # Put on before anything can fail: the hook that leaves the call always takes one off.
-        self.routing.stack.append(inherited or Route(hypothesis=self.routing.active))
+        self.routing.stack.append((route, True))
         kwargs = dict(kwargs)
         hypotheses = kwargs.pop("hypotheses", None)
         if hypotheses is not None:
@@ -144,7 +150,7 @@ class MCLoraModel(BaseTuner):
                 inputs = routing.expand_inputs(inputs, route.blocks, batch_size)
                 args = tuple(inputs.pop(name) for name in names)
                 kwargs = inputs
-            self.routing.stack[-1] = route
+            self.routing.stack[-1] = (route, True)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             routing.keep_routes_in_checkpoints(model, self.routing)
         return args, kwargs
@@ -196,6 +202,9 @@ class MCLoraModel(BaseTuner):
         for module in model.modules():
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.__dict__["support_avx512bf16_for_cpu"] = False
+                if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                    # The base model was called before. bitsandbytes turns the weight back in order to save it.
+                    module.state_dict()
 
     def _create_and_replace(
         self,
@@ -262,7 +271,9 @@ class MCLoraModel(BaseTuner):
             return super().merge_and_unload(progressbar=progressbar, safe_merge=False, adapter_names=adapter_names)
 
     def _prepare_merge(self, hypothesis: int | None, adapter_names: list[str] | None, safe_merge: bool) -> int:
-        hypothesis = self.routing.active if hypothesis is None else check_hypothesis(hypothesis, self.num_hypotheses)
+        counts = [self.peft_config[name].num_hypotheses for name in adapter_names or () if name in self.peft_config]
+        hypothesis = self.routing.active if hypothesis is None else hypothesis
+        hypothesis = check_hypothesis(hypothesis, min(counts + [self.num_hypotheses]))
         layers = [module for module in self.model.modules() if isinstance(module, MCLoraLayer)]
         merged = {index for layer in layers for index in layer.merged_hypothesis.values()}
         if merged - {hypothesis}:

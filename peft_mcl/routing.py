@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,6 +65,10 @@ class Routing:
     """The stack of routes of one adapted model, one stack for each thread.
 
     Shared by the tuner and all of its layers. Outside of any model call a layer uses the active hypothesis.
+
+    An entry is a route and whether a call of the base model runs under it. `generate` offers its route to the calls that
+    it makes (False), and they run under it (True). A call made inside a running one, in a module hook say, is a call of its
+    own and inherits nothing; neither does one that comes through `PeftModel`, which puts None on the stack.
     """
 
     def __init__(self) -> None:
@@ -71,7 +76,7 @@ class Routing:
         self._local = threading.local()
 
     @property
-    def stack(self) -> list[Route]:
+    def stack(self) -> list[tuple[Route | None, bool]]:
         if not hasattr(self._local, "stack"):
             self._local.stack = []
         return self._local.stack
@@ -80,13 +85,19 @@ class Routing:
     def current(self) -> Route | None:
         """The route of the innermost model call of this thread, or None outside of any."""
         stack = self.stack
-        return stack[-1] if stack else None
+        return stack[-1][0] if stack else None
+
+    @property
+    def offered(self) -> Route | None:
+        """The route that a call of the base model takes over from `generate`, or None if there is none."""
+        stack = self.stack
+        return None if not stack or stack[-1][1] else stack[-1][0]
 
     @contextmanager
-    def use(self, route: Route) -> Iterator[None]:
+    def use(self, route: Route | None, running: bool = False) -> Iterator[None]:
         """Route everything inside the block, and leave the stack as it was found, whatever happens."""
         with self.restored():
-            self.stack.append(route)
+            self.stack.append((route, running))
             yield
 
     @contextmanager
@@ -114,15 +125,24 @@ class Routing:
 
 def check_hypothesis(value: Any, num_hypotheses: int, argument: str = "hypothesis") -> int:
     """Return `value` as an int if it is the index of a hypothesis, else raise a ValueError that says what is allowed."""
-    is_index = isinstance(value, int) or (hasattr(value, "__index__") and not isinstance(value, torch.Tensor))
-    if isinstance(value, bool) or not is_index:
+    index = as_int(value)
+    if index is None:
         raise ValueError(f"`{argument}` must be an int in [0, {num_hypotheses - 1}], got {value!r}.")
-    value = value.__index__()
-    if not 0 <= value < num_hypotheses:
+    if not 0 <= index < num_hypotheses:
         raise ValueError(
-            f"`{argument}` must be in [0, {num_hypotheses - 1}] for a model with {num_hypotheses} hypotheses, got {value}."
+            f"`{argument}` must be in [0, {num_hypotheses - 1}] for a model with {num_hypotheses} hypotheses, got {index}."
         )
-    return value
+    return index
+
+
+def as_int(value: Any) -> int | None:
+    """`value` as an int if it is one, of Python or NumPy; None for anything else, bools and tensors included."""
+    if isinstance(value, (bool, torch.Tensor)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # not a number, or an array of several (which has an `__index__` all the same)
+        return None
 
 
 def parse_hypotheses(hypotheses: Any, num_hypotheses: int, batch_size: int | None) -> Route:
@@ -142,7 +162,7 @@ def parse_hypotheses(hypotheses: Any, num_hypotheses: int, batch_size: int | Non
         return Route(hypothesis=0) if num_hypotheses == 1 else Route(blocks=num_hypotheses)
     if isinstance(hypotheses, torch.Tensor):
         return Route(index=_check_index(hypotheses, num_hypotheses, batch_size))
-    if isinstance(hypotheses, (bool, list, tuple)) or not hasattr(hypotheses, "__index__"):
+    if as_int(hypotheses) is None:
         raise ValueError(f"`hypotheses` must be {ALLOWED}, got {hypotheses!r} of type {type(hypotheses).__name__}.")
     return Route(hypothesis=check_hypothesis(hypotheses, num_hypotheses, "hypotheses"))
 
@@ -256,9 +276,18 @@ def _expand_cache(name: str, cache: Cache, copies: int, batch_size: int) -> Cach
             f"`{name}` holds {rows} rows; a call with hypotheses='all' on {batch_size} rows needs {batch_size} of them, or "
             f"{copies * batch_size} from an earlier call with hypotheses='all'."
         )
-    cache = copy.deepcopy(cache)
-    cache.batch_select_indices(torch.arange(batch_size).repeat(copies))
+    # Choosing rows makes new keys and values, so they need no copy; and those of a graph would refuse it.
+    kept = [value for layer in _cache_layers(cache) for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    cache = copy.deepcopy(cache, {id(value): value for value in kept if value.dim() > 0})
+    # The rule of beam search: every kind of cache has it.
+    cache.reorder_cache(torch.arange(batch_size).repeat(copies))
     return cache
+
+
+def _cache_layers(cache: Cache) -> list[Any]:
+    if isinstance(cache, EncoderDecoderCache):
+        return cache.self_attention_cache.layers + cache.cross_attention_cache.layers
+    return cache.layers
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -285,7 +314,7 @@ class RouteKeepingCheckpoint:
 
 
 def _run_routed(routing: Routing, route: Route, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with routing.use(route):
+    with routing.use(route, running=True):
         return function(*args, **kwargs)
 
 
