@@ -61,9 +61,11 @@ def annealed_weights(scores: torch.Tensor, num_tokens: torch.Tensor, temperature
         temperature (`float`): T > 0, in nats for each token.
     """
     per_token = finite_scores(scores) / num_tokens.to(scores.device).clamp(min=1).unsqueeze(1)
-    # The best is subtracted before dividing, so that no temperature overflows; in float32 a smaller T is zero.
-    gap = per_token - per_token.max(dim=1, keepdim=True).values
-    return torch.softmax(gap / max(temperature, torch.finfo(torch.float32).tiny), dim=1)
+    # The best is subtracted before dividing, so that no temperature overflows. Beyond the range of float32 a gap would be
+    # infinite, and T infinite or zero.
+    limits = torch.finfo(torch.float32)
+    gap = (per_token - per_token.max(dim=1, keepdim=True).values).clamp(min=limits.min)
+    return torch.softmax(gap / min(max(temperature, limits.tiny), limits.max), dim=1)
 
 
 def random_weights(num_sequences: int, num_hypotheses: int, generator: torch.Generator | None = None) -> torch.Tensor:

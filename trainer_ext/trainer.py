@@ -356,8 +356,10 @@ class MCLTrainer(SFTTrainer):
             [`ScoreWindow`]: `scores` (N, K) in nats, `num_tokens` (N,) and `winners` (N,), in the order of the data set.
 
         Raises:
-            ValueError: A sequence lost its completion when it was cut to `max_length`.
+            ValueError: A sequence lost its completion when it was cut to `max_length`, or `shuffle_dataset` is set.
         """
+        if self.args.shuffle_dataset:
+            raise ValueError("`score` keeps the order of the data set, so it needs `shuffle_dataset=False`.")
         self.evaluate(dataset)
         if len(self._eval_window.winners) != len(dataset):
             raise ValueError(
@@ -408,12 +410,16 @@ def has_dropout(model: Any) -> bool:
     """Whether a training forward of `model` is random: dropout modules, or dropout rates in its configuration."""
     modules = (module.p > 0 for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd))
     config = model.config.to_dict() if hasattr(model, "config") else {}
-    rates = (
-        value > 0
-        for name, value in config.items()
-        if ("drop" in name or name.endswith("_pdrop")) and isinstance(value, (int, float))
-    )
-    return any(modules) or any(rates)
+    return any(modules) or _has_dropout_rate(config)
+
+
+def _has_dropout_rate(config: dict[str, Any]) -> bool:
+    for name, value in config.items():
+        if isinstance(value, dict) and _has_dropout_rate(value):  # The parts of a multimodal model.
+            return True
+        if ("drop" in name or name.endswith("_pdrop")) and isinstance(value, (int, float)) and value > 0:
+            return True
+    return False
 
 
 def select_rows(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:

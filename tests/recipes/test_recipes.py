@@ -1,0 +1,218 @@
+"""The recipes, run as a user runs them: the files by path, in processes of their own, on a tiny model and real files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from trl import ModelConfig, ScriptArguments, TrlParser
+
+from recipes import evaluate, generate, plot, train_mcl
+from tests.tiny import tiny_llama
+from tests.trainer_ext.reference import ragged_pairs, word_tokenizer
+from trainer_ext import MCLConfig
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with a tiny model and a data set as JSONL, with a mode column that training must not see."""
+    folder = tmp_path_factory.mktemp("recipes")
+    tokenizer = word_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{**row, "mode": f"mode {i % 2}"} for i, row in enumerate(ragged_pairs(rows=24))]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=ROOT, env=settings, text=True, capture_output=True, timeout=600)
+
+
+def launch(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    return run(
+        *(accelerate, "launch", "--num_processes", "1", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "recipes/train_mcl.py"),
+        *("--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / "data.jsonl")),
+        *("--use_cpu", "--bf16", "False", "--report_to", "none", "--lora_target_modules", "all-linear"),
+        *("--logging_steps", "1", "--gradient_checkpointing", "False"),
+        *options,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(workplace) -> Path:
+    """An adapter trained by `accelerate launch recipes/train_mcl.py`, most of its options from a YAML file."""
+    config = workplace / "config.yaml"
+    config.write_text(
+        "num_hypotheses: 2\nobjective: annealed\nmax_steps: 3\nlora_r: 4\nlearning_rate: 1e-2\nsave_steps: 2\n"
+    )
+    out = workplace / "out"
+    result = launch(
+        workplace, "--config", str(config), "--output_dir", str(out), "--lora_r", "2",
+        "--eval_dataset_name", str(workplace / "data.jsonl"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def test_training_leaves_an_adapter_a_card_and_its_figures(trained):
+    model = AutoPeftModelForCausalLM.from_pretrained(trained)
+    config = model.peft_config["default"]
+    # The YAML file gives the number of hypotheses, the command line overrides its rank.
+    assert (config.num_hypotheses, config.r) == (2, 2)
+    assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if "mclora_B" in name)
+    assert "LoRA-MCL" in (trained / "README.md").read_text()
+    assert json.loads((trained / "eval_results.json").read_text())["eval_loss"] > 0
+    assert (trained / "checkpoint-2").is_dir()
+
+
+def test_resuming_from_the_command_line_goes_on_with_the_last_checkpoint(workplace, trained):
+    before = (trained / "adapter_model.safetensors").read_bytes()
+    result = launch(
+        workplace, "--config", str(workplace / "config.yaml"), "--output_dir", str(trained), "--lora_r", "2",
+        "--resume_from_checkpoint", "True",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (trained / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_generate_shows_a_column_for_each_hypothesis_and_writes_jsonl(trained, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a b"}\n{"prompt": "c"}\n{"prompt": "a b"}\n')
+    output = tmp_path / "deep" / "out.jsonl"
+    result = run(
+        *(sys.executable, "recipes/generate.py", "--adapter", str(trained), "--prompts_file", str(prompts)),
+        *("--prompts", "d e f", "--max_new_tokens", "4", "--output", str(output)),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "hypothesis 0" in result.stdout
+    assert "hypothesis 1" in result.stdout
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["d e f", "a b", "c"]
+    assert all(len(row["continuations"]) == 2 for row in rows)
+
+
+def test_decoding_is_what_the_model_generates(trained):
+    model = AutoPeftModelForCausalLM.from_pretrained(trained).eval()
+    tokenizer = generate.load_tokenizer(str(trained), model)
+    options = generate.GenerateArguments(adapter=str(trained), max_new_tokens=5)
+    together = generate.decode(model, tokenizer, ["a b c", "d"], options)
+    for hypothesis in (0, 1):
+        options.hypotheses = [hypothesis]
+        for prompt, continuations in zip(["a b c", "d"], together, strict=True):
+            assert generate.decode(model, tokenizer, [prompt], options) == [[continuations[hypothesis]]]
+
+
+def test_evaluate_reports_likelihood_and_agreement(workplace, trained, tmp_path):
+    output = tmp_path / "figures.json"
+    result = run(
+        *(sys.executable, "recipes/evaluate.py", "--adapter", str(trained), "--baseline", str(trained)),
+        *("--dataset_name", str(workplace / "data.jsonl"), "--mode_column", "mode", "--output", str(output)),
+        *("--batch_size", "5"),
+    )
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(output.read_text())
+    assert figures["sequences"] == 24
+    assert figures["wta_nll"] <= figures["mixture_nll"]
+    assert figures["wta_nll"] <= figures["mean_nll"] <= figures["worst_nll"]
+    assert figures["log_k_line"] < figures["baseline_nll"]
+    matrix = figures["agreement"]["matrix"]
+    assert [sum(counts) for counts in matrix.values()] == [12, 12]
+    assert f"purity {figures['agreement']['purity']:.3f}" in result.stdout
+
+
+def test_agreement_by_hand():
+    modes = ["x", "x", "x", "y", "y", "z"]
+    winners = torch.tensor([0, 0, 2, 2, 2, 2])
+    result = evaluate.agreement(modes, winners, num_hypotheses=4)
+    assert result["matrix"] == {"x": [2, 0, 1, 0], "y": [0, 0, 2, 0], "z": [0, 0, 1, 0]}
+    assert result["purity"] == pytest.approx(4 / 6)
+    assert evaluate.agreement(modes, torch.tensor([1, 1, 1, 3, 3, 0]), 4)["nmi"] == pytest.approx(1.0)
+
+
+def test_plot_draws_a_picture(trained, tmp_path):
+    plot.main(plot.PlotArguments(run=str(trained), output=str(tmp_path / "p" / "plot.png"), baseline=str(trained)))
+    assert (tmp_path / "p" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_local_files_of_all_formats_and_folders(workplace, tmp_path):
+    rows = [json.loads(line) for line in (workplace / "data.jsonl").read_text().splitlines()]
+    with (tmp_path / "data.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    train_mcl.load_file(str(workplace / "data.jsonl"), streaming=False).to_parquet(tmp_path / "data.parquet")
+    for name in ("data.csv", "data.parquet"):
+        assert train_mcl.load_file(str(tmp_path / name), streaming=False)["prompt"][3] == rows[3]["prompt"]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text((workplace / "data.jsonl").read_text())
+    arguments = (ScriptArguments(dataset_name=str(folder)), training_arguments(tmp_path, eval_strategy="epoch"))
+    train, test = train_mcl.load_data(*arguments, train_mcl.HypothesisArguments())
+    assert len(train) == len(test) == 24
+
+
+def training_arguments(folder: Path, **options) -> MCLConfig:
+    return MCLConfig(output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to=[], **options)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_an_unknown_option_in_yaml_is_named(workplace, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("num_hypotheses: 2\nnumber_of_beams: 3\n")
+    parser = TrlParser((ScriptArguments, MCLConfig, ModelConfig, train_mcl.HypothesisArguments))
+    with pytest.raises(ValueError, match="number_of_beams"):
+        parser.parse_args_and_config(["--config", str(config), "--output_dir", str(tmp_path), "--use_cpu"])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [(None, "`dataset_name` is required"), ("missing.jsonl", "no file 'missing.jsonl'")],
+)
+def test_a_missing_data_set_is_named(tmp_path, dataset, message):
+    script_args = ScriptArguments(dataset_name=dataset)
+    with pytest.raises(ValueError, match=message):
+        train_mcl.load_data(script_args, training_arguments(tmp_path), train_mcl.HypothesisArguments())
+
+
+def test_a_missing_split_is_named_with_those_there_are(workplace, tmp_path):
+    script_args = ScriptArguments(dataset_name=str(workplace / "data.jsonl"), dataset_train_split="trian")
+    with pytest.raises(ValueError, match=r"no split 'trian', only \['train'\]"):
+        train_mcl.load_data(script_args, training_arguments(tmp_path), train_mcl.HypothesisArguments())
+
+
+def test_dora_is_refused():
+    with pytest.raises(ValueError, match="use_dora"):
+        train_mcl.peft_config(ModelConfig(use_dora=True), train_mcl.HypothesisArguments())
+
+
+def test_nothing_to_decode_or_to_draw(tmp_path):
+    with pytest.raises(ValueError, match="nothing to decode"):
+        generate.read_prompts(generate.GenerateArguments(adapter="x"))
+    with pytest.raises(ValueError, match="trainer_state"):
+        plot.main(plot.PlotArguments(run=str(tmp_path)))
+
+
+def test_a_missing_mode_column_is_named(workplace, trained):
+    options = evaluate.EvaluateArguments(
+        adapter=str(trained), dataset_name=str(workplace / "data.jsonl"), mode_column="style"
+    )
+    with pytest.raises(ValueError, match="no column 'style'"):
+        evaluate.main(options)
