@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ def require_positive_int(name: str, value: Any) -> None:
     """Raise a ValueError unless `value` is an int (not a bool) of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass
@@ -99,7 +104,12 @@ class MCLoraConfig(PeftConfig):
         require_positive_int("r", self.r)
         for pattern, rank in (self.rank_pattern or {}).items():
             require_positive_int(f"rank_pattern[{pattern!r}]", rank)
-        if isinstance(self.lora_dropout, bool) or not 0.0 <= self.lora_dropout < 1.0:
+        if not _is_number(self.lora_alpha):
+            raise ValueError(f"`lora_alpha` must be a number, got {self.lora_alpha!r}.")
+        for pattern, alpha in (self.alpha_pattern or {}).items():
+            if not _is_number(alpha):
+                raise ValueError(f"`alpha_pattern[{pattern!r}]` must be a number, got {alpha!r}.")
+        if not _is_number(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"`lora_dropout` must be a probability in [0, 1), got {self.lora_dropout!r}.")
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(

@@ -12,9 +12,17 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.utils import (
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    PeftType,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import save_file
 
-from peft_mcl.config import MCLoraConfig
+from peft_mcl.config import MCLoraConfig, check_safetensors
 from peft_mcl.layer import MCLoraLayer
 
 
@@ -42,6 +50,7 @@ VARIANT_OPTIONS = (
     "use_dora",
     "lora_bias",
     "use_bdlora",
+    "use_qalora",
     "arrow_config",
     "alora_invocation_tokens",
     "layer_replication",
@@ -50,6 +59,8 @@ VARIANT_OPTIONS = (
     "monteclora_config",
     "kasa_config",
 )
+# Initialisations after which PEFT changes the base weights, each time the adapter is loaded.
+BASE_CHANGING_INITIALISATIONS = ("pissa", "corda", "olora", "loftq")
 # mclora_A -> lora_A.weight for linear layers, mclora_embedding_A -> lora_embedding_A for embeddings.
 _TO_LORA = (
     (re.compile(r"\bmclora_([AB])$"), r"lora_\1.weight"),
@@ -74,8 +85,8 @@ def export_hypotheses(model: PeftModel, out_dir: str | os.PathLike[str], adapter
 
     Args:
         model ([`peft.PeftModel`]): A model with an MCLORA adapter.
-        out_dir (`str` or `PathLike`): Hypothesis k goes to `out_dir/hypothesis_k`. Each directory appears whole or not at
-            all; one that is there is replaced.
+        out_dir (`str` or `PathLike`): Hypothesis k goes to `out_dir/hypothesis_k`. These directories appear whole, once
+            all of them are written; those that are there are replaced, and kept if writing fails.
         adapter_name (`str`): The adapter to export.
 
     Returns:
@@ -90,37 +101,48 @@ def export_hypotheses(model: PeftModel, out_dir: str | os.PathLike[str], adapter
             f"`model` has no MCLORA adapter named {adapter_name!r}, only {sorted(getattr(model, 'peft_config', {}))}."
         )
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    base_class = type(model.get_base_model())
     lora = LoraConfig(
         **{name: getattr(config, name) for name in SHARED_OPTIONS},
         fan_in_fan_out=any(m.fan_in_fan_out for m in model.modules() if isinstance(m, MCLoraLayer)),
         inference_mode=True,
+        # As PEFT writes it: without a task type it tells `AutoPeftModel` the class of the base model.
+        auto_mapping=None
+        if config.task_type
+        else {"base_model_class": base_class.__name__, "parent_library": base_class.__module__},
     )
     root = Path(out_dir)
     root.mkdir(parents=True, exist_ok=True)
-    directories = []
-    for hypothesis in range(config.num_hypotheses):
-        weights = {}
-        for key, tensor in state.items():
-            renamed = _rename(key, _TO_LORA)
-            weights[renamed or key] = (tensor[hypothesis] if renamed else tensor).detach().cpu().contiguous().clone()
-        directories.append(root / f"hypothesis_{hypothesis}")
-        _write_adapter(directories[-1], lora, weights)
-    return directories
-
-
-def _write_adapter(directory: Path, config: LoraConfig, weights: dict[str, torch.Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
+    names = [f"hypothesis_{hypothesis}" for hypothesis in range(config.num_hypotheses)]
+    staging = Path(tempfile.mkdtemp(dir=root, prefix=".export-"))
     try:
-        save_file(weights, str(partial / "adapter_model.safetensors"), metadata={"format": "pt"})
-        config.save_pretrained(str(partial))
-        partial.chmod(0o755)
-        if directory.exists():
-            shutil.rmtree(directory)
-        partial.rename(directory)
+        for hypothesis, name in enumerate(names):
+            weights = {}
+            for key, tensor in state.items():
+                renamed = _rename(key, _TO_LORA)
+                weights[renamed or key] = (
+                    (tensor[hypothesis] if renamed else tensor).detach().cpu().contiguous().clone()
+                )
+            lora.save_pretrained(str(staging / name))
+            save_file(weights, staging / name / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        # Only now, with all of them written.
+        for name in names:
+            _replace(root / name, staging / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return [root / name for name in names]
+
+
+def _replace(directory: Path, new: Path) -> None:
+    """Move `new` to `directory`. What was there goes to where `new` was, or stays if that fails."""
+    old = new.with_name(f"{new.name}.old")
+    if directory.exists():
+        directory.rename(old)
+    try:
+        new.rename(directory)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists():
+            old.rename(directory)
         raise
 
 
@@ -141,8 +163,11 @@ def from_lora_adapters(
 
     Raises:
         ValueError: An adapter is not plain LoRA, or differs from the first in options, parameters or shapes, or in a
-            parameter that all hypotheses have to share.
+            parameter that all hypotheses have to share, or its file is not whole, or the adapters do not fit `base`. The
+            base model is then left as it was.
     """
+    if isinstance(adapters, (str, os.PathLike)):
+        raise ValueError(f"`adapters` must be a list of LoRA adapters, one for each hypothesis, got {adapters!r}.")
     if not adapters:
         raise ValueError("`adapters` is empty: name at least one LoRA adapter.")
     paths = [os.fspath(adapter) for adapter in adapters]
@@ -150,23 +175,45 @@ def from_lora_adapters(
     for path, config in zip(paths, configs, strict=True):
         _check_plain_lora(path, config)
         _check_same_options(paths[0], configs[0], path, config)
-    states = [load_peft_weights(path, device="cpu") for path in paths]
+    stacked = _stack(paths, [_load_weights(path) for path in paths])
     mcl = MCLoraConfig(
         num_hypotheses=len(paths),
         inference_mode=not is_trainable,
         **{name: getattr(configs[0], name) for name in SHARED_OPTIONS},
     )
     model = get_peft_model(base, mcl, adapter_name=adapter_name)
-    set_peft_model_state_dict(model, _stack(paths, states), adapter_name=adapter_name)
+    try:
+        _check_fit(model, adapter_name, stacked)
+    except ValueError:
+        model.unload()
+        raise
+    set_peft_model_state_dict(model, stacked, adapter_name=adapter_name)
     return model
 
 
 def _check_plain_lora(path: str, config: Any) -> None:
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"`adapters`: {path} is a {type(config).__name__}, not an ordinary LoRA adapter.")
+    # AdaLoRA's configuration is a LoraConfig, too.
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        raise ValueError(f"`adapters`: {path} has a {type(config).__name__}; it is not an ordinary LoRA adapter.")
     used = [name for name in VARIANT_OPTIONS if getattr(config, name, None)]
     if used:
         raise ValueError(f"`adapters`: {path} uses {', '.join(used)}; only plain LoRA can become a hypothesis.")
+    if str(config.init_lora_weights).startswith(BASE_CHANGING_INITIALISATIONS):
+        raise ValueError(
+            f"`adapters`: {path} was initialised by {config.init_lora_weights!r}, which changes the base weights that all "
+            "hypotheses share. Convert it to plain LoRA with `path_initial_model_for_weight_conversion` of PEFT's "
+            "`save_pretrained`."
+        )
+
+
+def _load_weights(path: str) -> dict[str, torch.Tensor]:
+    if Path(path).is_dir():
+        safetensors = Path(path, SAFETENSORS_WEIGHTS_NAME)
+        if safetensors.is_file():
+            check_safetensors(safetensors)
+        elif not Path(path, WEIGHTS_NAME).is_file():
+            raise ValueError(f"`adapters`: there is no {SAFETENSORS_WEIGHTS_NAME} in {path}.")
+    return load_peft_weights(path, device="cpu")
 
 
 def _check_same_options(first_path: str, first: LoraConfig, path: str, config: LoraConfig) -> None:
@@ -201,3 +248,20 @@ def _stack(paths: list[str], states: list[dict[str, torch.Tensor]]) -> dict[str,
             )
         stacked[renamed or key] = torch.stack(tensors) if renamed else tensor
     return stacked
+
+
+def _check_fit(model: PeftModel, adapter_name: str, stacked: dict[str, torch.Tensor]) -> None:
+    """Raise a ValueError unless the parameters are those that the adapter of this base model needs."""
+    needed = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    # Parameters of the base model, such as resized embeddings, may come along.
+    known = {**model.state_dict(), **needed}
+    for key in {**needed, **stacked}:
+        name = _rename(key, _TO_LORA) or key
+        if key not in stacked:
+            raise ValueError(f"`adapters` do not fit the base model: they have no {name}.")
+        if key not in known:
+            raise ValueError(f"`adapters` do not fit the base model: it has no place for {name}.")
+        # The first dimension of a stacked parameter is that of the hypotheses.
+        theirs, ours = (tuple(shape if name == key else shape[1:]) for shape in (stacked[key].shape, known[key].shape))
+        if theirs != ours:
+            raise ValueError(f"`adapters` do not fit the base model: {name} has shape {theirs}, and {ours} is needed.")

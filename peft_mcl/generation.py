@@ -130,13 +130,9 @@ def _repeat_rows(
     encoder_outputs = arguments.get("encoder_outputs")
     encoded = [] if encoder_outputs is None else [encoder_outputs[0]]
     # The order in which `generate` looks for its main input.
-    known = [
-        own_inputs.get("inputs"),
-        batched.get("input_ids"),
-        batched.get("inputs_embeds"),
-        *encoded,
-        *batched.values(),
-    ]
+    named = {**batched, **own_inputs}
+    first = [named.get(name) for name in ("inputs", base.main_input_name, "input_ids", "inputs_embeds")]
+    known = [*first, *encoded, *batched.values()]
     main = next((value for value in known if value is not None), None)
     if main is None:
         # As `generate` does for a call without a prompt, only for several rows.
@@ -146,6 +142,12 @@ def _repeat_rows(
     # Arguments of `generate` itself are no inputs of the model, so its rule does not see them.
     for name, value in own_inputs.items():
         arguments[name] = value.repeat_interleave(count, dim=0)
+    for name, value in batched.items():
+        if name not in BROADCAST and value.shape[0] != size:
+            raise ValueError(
+                f"`{name}` has {value.shape[0]} rows for {size} inputs, so it cannot be told which of them belong to which "
+                f"input, to repeat them for {count} hypotheses. Pass `hypotheses=k` to generate under one of them."
+            )
     # One row for a larger batch applies to all rows.
     batched = {name: value for name, value in batched.items() if not (name in BROADCAST and value.shape[0] == 1 < size)}
     input_ids, expanded = base._expand_inputs_for_generation(
@@ -156,9 +158,11 @@ def _repeat_rows(
         arguments["input_ids"] = input_ids
     if encoder_outputs is not None:
         arguments["encoder_outputs"] = _interleave(encoder_outputs, count)
-    if isinstance(options.decoder_start_token_id, list):
+    start = options.decoder_start_token_id
+    start = start.tolist() if isinstance(start, torch.Tensor) else start
+    if isinstance(start, list):
         # One token for each input.
-        arguments["decoder_start_token_id"] = [token for token in options.decoder_start_token_id for _ in range(count)]
+        arguments["decoder_start_token_id"] = [token for token in start for _ in range(count)]
     allowed_tokens = arguments.get("prefix_allowed_tokens_fn")
     if allowed_tokens is not None:
         # It is given the number of the input, or, when sampling n sequences for each input, that of the sample (b * n + i).

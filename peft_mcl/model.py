@@ -202,9 +202,13 @@ class MCLoraModel(BaseTuner):
         for module in model.modules():
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.__dict__["support_avx512bf16_for_cpu"] = False
-                if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-                    # The base model was called before. bitsandbytes turns the weight back in order to save it.
+                state = getattr(module.weight, "quant_state", None)
+                if getattr(state, "packing_format_for_cpu", False):
+                    # The base model was called before. bitsandbytes turns the weight back in order to save it, but not
+                    # (0.50.2) the scales of a weight without double quantisation.
                     module.state_dict()
+                    if state.absmax.dim() == 2:
+                        state.absmax = state.absmax.T.reshape(-1).float()
 
     def _create_and_replace(
         self,

@@ -61,6 +61,12 @@ class Route:
         return x.reshape(groups, rows // groups, *x.shape[1:])
 
 
+class _ThreadStack(threading.local):
+    # Called for each thread. There from the start, so that a compiled model does not find something new after a call.
+    def __init__(self) -> None:
+        self.stack: list[tuple[Route | None, bool]] = []
+
+
 class Routing:
     """The stack of routes of one adapted model, one stack for each thread.
 
@@ -73,12 +79,10 @@ class Routing:
 
     def __init__(self) -> None:
         self.active = 0
-        self._local = threading.local()
+        self._local = _ThreadStack()
 
     @property
     def stack(self) -> list[tuple[Route | None, bool]]:
-        if not hasattr(self._local, "stack"):
-            self._local.stack = []
         return self._local.stack
 
     @property

@@ -8,15 +8,20 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import (
+    CLIPVisionConfig,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from peft_mcl import MCLoraConfig
@@ -75,6 +80,47 @@ def tiny_t5(**options: Any) -> T5ForConditionalGeneration:
     defaults = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
     special = {"pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD}
     return _build(T5ForConditionalGeneration, T5Config(**{**defaults, **special, **options}))
+
+
+def tiny_llava() -> LlavaForConditionalGeneration:
+    """A picture of 8 by 8 pixels is 4 tokens."""
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        projection_dim=16,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=tiny_llama().config, image_token_id=VOCABULARY - 1, vision_feature_layer=-1
+    )
+    return _build(LlavaForConditionalGeneration, config)
+
+
+def tiny_whisper() -> WhisperForConditionalGeneration:
+    """Sound of 40 frames of 8 channels in, tokens out."""
+    config = WhisperConfig(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_mel_bins=8,
+        max_source_positions=20,
+        max_target_positions=20,
+        decoder_start_token_id=BOS,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        **SPECIAL,
+    )
+    model = _build(WhisperForConditionalGeneration, config)
+    model.generation_config.max_length = 20
+    return model
 
 
 FAMILIES = {"llama": tiny_llama, "gpt2": tiny_gpt2, "gemma3": tiny_gemma3, "t5": tiny_t5}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
@@ -94,6 +95,15 @@ def _has_content(message: Any) -> bool:
     return bool(content) or bool(isinstance(message, dict) and message.get("tool_calls"))
 
 
+def check_offloading(args: Any) -> None:
+    """Raise a ValueError if activations are to be offloaded to the CPU from nowhere else."""
+    if args.activation_offloading and torch.accelerator.current_accelerator() is None:
+        raise ValueError(
+            "`activation_offloading=True` moves activations from an accelerator to the CPU, but there is no accelerator. Set "
+            "it to False."
+        )
+
+
 def check_parallelism(accelerator: Any) -> None:
     """Raise a ValueError if sequences are split over processes: their scores would be in parts."""
     config = accelerator.parallelism_config
@@ -108,7 +118,7 @@ def check_parallelism(accelerator: Any) -> None:
 def last_whole_checkpoint(output_dir: Path) -> Path:
     """The newest checkpoint in `output_dir` that was written to its end.
 
-    The state of the trainer is the last file of a checkpoint, so one that was interrupted lacks it.
+    The state of the trainer is the last file of a checkpoint, so one that was interrupted lacks it or has a part of it.
 
     Raises:
         ValueError: There is none.
@@ -119,9 +129,11 @@ def last_whole_checkpoint(output_dir: Path) -> Path:
         if path.name.rsplit("-", 1)[1].isdigit()
     )
     for _, path in reversed(found):
-        state = path / TRAINER_STATE_NAME
-        if state.is_file() and os.path.getsize(state) > 0:
-            return path
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return path
     raise ValueError(
         f"There is no whole checkpoint in {str(output_dir)!r} to resume from. Start without `resume_from_checkpoint`, and set "
         "`save_steps` to have checkpoints."

@@ -80,6 +80,9 @@ class MCLConfig(SFTConfig):
         self._refuse_meaningless_options()
         if self.temperature_decay is None and self.annealing_fraction is None:
             self.annealing_fraction = DEFAULT_ANNEALING_FRACTION
+        # Trainer takes every metric whose name does not end with "loss" for a score.
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("_nll"):
+            self.greater_is_better = False
         super().__post_init__()
 
     def _check_objective(self) -> None:

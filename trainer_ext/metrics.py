@@ -17,8 +17,9 @@ class ScoreWindow:
         self._num_tokens: list[torch.Tensor] = []
         self._winners: list[torch.Tensor] = []
 
-    def __bool__(self) -> bool:
-        return bool(self._scores)
+    def __len__(self) -> int:
+        """The number of batches added so far."""
+        return len(self._scores)
 
     def add(self, scores: torch.Tensor, num_tokens: torch.Tensor, winners: torch.Tensor) -> None:
         """Add B sequences: scores of shape (B, K) in nats, numbers of supervised tokens and winners of shape (B,)."""

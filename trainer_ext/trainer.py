@@ -100,6 +100,7 @@ class MCLTrainer(SFTTrainer):
                 "`compute_loss_func` is not supported by MCLTrainer: the loss is the weighted sum of the likelihoods of the "
                 "hypotheses. Choose it with `MCLConfig(objective=...)`."
             )
+        checks.check_offloading(args)
         checks.check_output_dir(args.output_dir)
         checks.check_dataset("train_dataset", train_dataset, args, formatting_func)
         for name, dataset in _named_datasets(eval_dataset).items():
@@ -135,7 +136,10 @@ class MCLTrainer(SFTTrainer):
         self._warned: set[int] = set()
         self._last_temperature = self.args.initial_temperature
         self._weighted_share = 1.0
-        self._has_dropout = has_dropout(self.model)
+        self._has_dropout = has_dropout(self.model) or self.args.neftune_noise_alpha is not None
+        if self.args.loss_normalization == "sequence":
+            # Some models make Trainer count no labels, because their own loss would not use the number. Ours does.
+            self.model_accepts_loss_kwargs = True
 
     # ------------------------------------------------------------------------------------------------------------
     # The loss
@@ -173,7 +177,10 @@ class MCLTrainer(SFTTrainer):
         weights, winners = self._assign(scores, scored.num_tokens, is_training)
         self._record(scores, scored.num_tokens, winners)
         self._winners = winners
-        self._weighted_share = (weights > 0).float().mean().item()
+        if is_training:
+            # One number for all processes: each must make the same calls, as a call may synchronise buffers or weights.
+            share = (weights > 0).float().mean()
+            self._weighted_share = self.accelerator.gather(share).mean().item()
 
         if all_have_graphs or not is_training:
             log_probs, aux_loss = (weights.T[:, sequence] * scored.log_probs).sum(dim=0), scored.aux_loss
@@ -286,9 +293,11 @@ class MCLTrainer(SFTTrainer):
         So a run that was resumed draws what it would have drawn, and processes draw differently.
         """
         step = self.state.global_step
-        count = self._draws[1] + 1 if self._draws[0] == step else 0
         if is_training:
+            count = self._draws[1] + 1 if self._draws[0] == step else 0
             self._draws = (step, count)
+        else:
+            count = len(self._eval_window)
         place = f"{self.args.seed}/{is_training}/{step}/{count}/{self.accelerator.process_index}"
         digest = hashlib.blake2b(place.encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
@@ -297,14 +306,17 @@ class MCLTrainer(SFTTrainer):
     # Reports
 
     def _record(self, scores: torch.Tensor, num_tokens: torch.Tensor, winners: torch.Tensor) -> None:
-        scores, num_tokens, winners = self.accelerator.gather_for_metrics(
-            (scores.contiguous(), num_tokens.contiguous(), winners.contiguous())
-        )
-        if not self.model.training:
+        # In training the batches of a step are fetched in advance, so `gather_for_metrics` would take each of the last step
+        # for the last of the epoch, and cut it to the length of that one.
+        is_training = self.model.training
+        gather = self.accelerator.gather if is_training else self.accelerator.gather_for_metrics
+        scores, num_tokens, winners = gather((scores.contiguous(), num_tokens.contiguous(), winners.contiguous()))
+        if not is_training:
             self._eval_window.add(scores, num_tokens, winners)
             return
         self._train_window.add(scores, num_tokens, winners)
-        if self.args.no_win_warning_steps and scores.shape[1] > 1:
+        # Under objective "random" a hypothesis is trained whether it wins or not.
+        if self.args.no_win_warning_steps and self.args.objective != "random" and scores.shape[1] > 1:
             self._watch_wins(set(winners[num_tokens > 0].tolist()), scores.shape[1])
 
     def _watch_wins(self, winners: set[int], num_hypotheses: int) -> None:
@@ -329,7 +341,8 @@ class MCLTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As SFTTrainer; training logs get the metrics of the competition since the last log."""
-        if self.model.training and self._train_window:
+        # Told by what is logged: a callback may have left the model in either mode.
+        if self._train_window and ("loss" in logs or "train_loss" in logs):
             logs.update(self._train_window.summary())
             self._train_window.clear()
             if self.args.objective == "annealed":
@@ -356,10 +369,14 @@ class MCLTrainer(SFTTrainer):
             [`ScoreWindow`]: `scores` (N, K) in nats, `num_tokens` (N,) and `winners` (N,), in the order of the data set.
 
         Raises:
-            ValueError: A sequence lost its completion when it was cut to `max_length`, or `shuffle_dataset` is set.
+            ValueError: A sequence lost its completion when it was cut to `max_length`, or an option changes the order of
+                evaluation (`shuffle_dataset`, grouping by length).
         """
-        if self.args.shuffle_dataset:
-            raise ValueError("`score` keeps the order of the data set, so it needs `shuffle_dataset=False`.")
+        if self.args.shuffle_dataset or self.args.train_sampling_strategy == "group_by_length":
+            raise ValueError(
+                "`score` keeps the order of the data set, so it needs `shuffle_dataset=False` and a "
+                "`train_sampling_strategy` other than 'group_by_length'."
+            )
         self.evaluate(dataset)
         if len(self._eval_window.winners) != len(dataset):
             raise ValueError(
@@ -417,7 +434,8 @@ def _has_dropout_rate(config: dict[str, Any]) -> bool:
     for name, value in config.items():
         if isinstance(value, dict) and _has_dropout_rate(value):  # The parts of a multimodal model.
             return True
-        if ("drop" in name or name.endswith("_pdrop")) and isinstance(value, (int, float)) and value > 0:
+        # Not all keys are strings (`id2label`).
+        if "drop" in str(name) and isinstance(value, (int, float)) and value > 0:
             return True
     return False
 
@@ -445,7 +463,7 @@ def has_only_rows(inputs: dict[str, Any], batch_size: int) -> bool:
 def _one_label_per_sequence(batch: dict[str, Any]) -> dict[str, Any]:
     labels = batch["labels"]
     has_label = labels[:, 1:].ne(-100).any(dim=1)
-    counted = torch.full_like(labels[:, :2], -100)
+    counted = labels.new_full((len(labels), 2), -100)
     counted[:, 1] = torch.where(has_label, 0, -100)
     return {**batch, "labels": counted}
 
@@ -464,6 +482,6 @@ def _as_mcl_config(args: MCLConfig | TrainingArguments | None, model: Any) -> MC
     if args is None:
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         return MCLConfig(f"{os.path.basename(name.rstrip('/'))}-MCL")
-    values = args.to_dict()
-    values["hub_token"] = args.hub_token  # `to_dict` hides it.
-    return MCLConfig(**values)
+    # `to_dict` hides whatever is called a token, also those of the tokenizer.
+    tokens = {name: getattr(args, name) for name in args.to_dict() if name.endswith("_token")}
+    return MCLConfig(**{**args.to_dict(), **tokens})

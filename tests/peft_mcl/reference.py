@@ -77,10 +77,15 @@ def merged_by_hand(base: nn.Module, model: nn.Module, hypothesis: int, adapters:
     for name, layer in adapted_layers(model).items():
         target = plain.get_submodule(name)
         weight = target.weight.detach()
+        padding = getattr(target, "padding_idx", None)
+        target.padding_idx = None
         for adapter in adapters:
             if adapter in layer.stacked_a:
-                delta = layer.stacked_b[adapter][hypothesis] @ layer.stacked_a[adapter][hypothesis]
-                delta = delta * layer.scaling[adapter]
+                a, b = layer.stacked_a[adapter][hypothesis], layer.stacked_b[adapter][hypothesis]
+                if padding is not None:
+                    # As in LoRA, the padding row of an embedding gives no gradient to A, but it gives one to B.
+                    a = torch.where(torch.arange(a.shape[1]) == padding, a.detach(), a)
+                delta = (b @ a) * layer.scaling[adapter]
                 weight = weight + (delta.T if isinstance(target, (Conv1D, nn.Embedding)) else delta)
         # A plain tensor in the place of the parameter, so that the gradient flows on to A and B.
         del target._parameters["weight"]
@@ -98,11 +103,19 @@ def take_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], **tolerance) -> None:
-    """All gradients agree, and not because all are zero."""
+def assert_same_gradients(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], relative: float = 1e-4
+) -> None:
+    """All gradients agree to `relative` of the largest entry of their tensor, and not because all are zero."""
     assert actual.keys() == expected.keys()
-    assert any(gradient.abs().max() > 0 for gradient in expected.values())
-    torch.testing.assert_close(actual, expected, **(tolerance or {"rtol": 1e-4, "atol": 1e-5}))
+    largest = {name: gradient.abs().max().item() for name, gradient in expected.items()}
+    overall = max(largest.values())
+    assert overall > 0
+    for name, gradient in expected.items():
+        # A tensor that is zero but for rounding is measured by the others.
+        allowed = relative * max(largest[name], 1e-3 * overall)
+        error = (actual[name] - gradient).abs().max().item()
+        assert error <= allowed, f"{name}: off by {error:.3g}, allowed is {allowed:.3g}"
 
 
 def batch(rows: int = 2, length: int = 7, seed: int = 0, padding: str | None = None) -> dict[str, torch.Tensor]:

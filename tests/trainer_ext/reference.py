@@ -85,6 +85,18 @@ def tokenized(rows: Iterable[tuple[list[int], list[int]]]) -> Dataset:
     return Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in rows])
 
 
+def ragged_rows(rows: int = 10, seed: int = 0, without_labels: tuple[int, ...] = (3,)) -> Dataset:
+    """Sequences of 2 to 12 tokens with masked prompts; those named have nothing to learn."""
+    generator = random.Random(seed)
+    found = []
+    for row in range(rows):
+        length = generator.randint(2, 12)
+        ids = [generator.randrange(PAD + 1, VOCABULARY) for _ in range(length)]
+        prompt = length if row in without_labels else generator.randint(0, length - 1)
+        found.append((ids, [-100] * prompt + ids[prompt:]))
+    return tokenized(found)
+
+
 def settings(output_dir: Path, **options: Any) -> MCLConfig:
     return MCLConfig(output_dir=str(output_dir), **{**QUICK, **options})
 
@@ -228,6 +240,16 @@ def scores_by_hand(model: PeftModel, batch: dict[str, torch.Tensor]) -> list[lis
             [log_likelihood(model, ids, labels, k).item() for k in range(model.num_hypotheses)]
             for ids, labels in sequences_of(batch)
         ]
+
+
+def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    """All gradients agree to a part of the largest one, and not because they are zero."""
+    assert actual.keys() == expected.keys()
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    assert largest > 1e-4
+    for name, gradient in expected.items():
+        error = (actual[name] - gradient).abs().max().item()
+        assert error <= tolerance * largest, f"{name}: off by {error:.2e}, the largest gradient is {largest:.2e}"
 
 
 def adapted_llama(num_hypotheses: int = 3, **options: Any) -> PeftModel:

@@ -1,0 +1,458 @@
+"""Tests of the way to and from ordinary LoRA adapters, which plain PEFT reads and writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaLoraConfig, AutoPeftModel, LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from peft_mcl import MCLoraConfig, convert, export_hypotheses, from_lora_adapters
+from peft_mcl.layer import MCLoraLayer
+from tests.tiny import FAMILIES, VOCABULARY, tiny_gpt2, tiny_llama, tiny_t5, with_hypotheses
+
+
+K = 3
+IDS = torch.arange(4, 22).view(3, 6)
+
+# Options of LoRA and MCLORA that mean the same, each with a base model on which it matters.
+CASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
+    "llama, all-linear": (tiny_llama, {}),
+    "llama, default targets": (tiny_llama, {"target_modules": None}),
+    "llama, regex": (tiny_llama, {"target_modules": r".*layers\.1\..*(q|v)_proj"}),
+    "llama, one layer": (tiny_llama, {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}),
+    "llama, excluded": (tiny_llama, {"exclude_modules": ["down_proj"]}),
+    "llama, embedding": (tiny_llama, {"target_modules": ["embed_tokens", "v_proj"]}),
+    "gpt2": (tiny_gpt2, {"target_modules": ["c_attn", "c_fc"]}),
+    "gpt2, tied embedding": (tiny_gpt2, {"target_modules": ["wte", "c_attn"]}),
+    "gpt2, bias all": (tiny_gpt2, {"target_modules": ["c_attn"], "bias": "all"}),
+    "gpt2, bias lora_only": (tiny_gpt2, {"target_modules": ["c_attn"], "bias": "lora_only"}),
+    "gemma3, scaled embedding": (FAMILIES["gemma3"], {"target_modules": ["embed_tokens", "q_proj"]}),
+    "t5": (tiny_t5, {}),
+    "patterns": (tiny_llama, {"rank_pattern": {"q_proj": 2, r"layers\.1.*v_proj": 7}, "alpha_pattern": {"v_proj": 90.5}}),
+    "rslora": (tiny_llama, {"use_rslora": True}),
+    "rslora, patterns": (tiny_llama, {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 8}}),
+    "modules_to_save": (tiny_llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
+    "token indices": (tiny_llama, {"target_modules": ["q_proj"], "trainable_token_indices": [4, 9]}),
+    "no task type": (tiny_llama, {"task_type": None}),
+}  # fmt: skip
+
+
+def options_of(base: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
+    task_type = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
+    return {"r": 4, "lora_alpha": 48, "target_modules": "all-linear", "task_type": task_type, **options}
+
+
+def trained(build: Callable[[], PreTrainedModel], options: dict[str, Any]) -> PeftModel:
+    """A model with K hypotheses in which everything trainable differs from the start."""
+    base = build()
+    model = with_hypotheses(base, K, **options_of(base, options))
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(2)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def logits(model: torch.nn.Module, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        if model.config.is_encoder_decoder:
+            kwargs["decoder_input_ids"] = IDS[:, :3]
+        return model(input_ids=IDS, **kwargs).logits
+
+
+def lora_adapter(path: Path, seed: int = 0, base: PreTrainedModel | None = None, **options: Any) -> PeftModel:
+    """An ordinary LoRA adapter with random weights, saved to `path`."""
+    torch.manual_seed(seed)
+    defaults = {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    config = LoraConfig(**{**defaults, "init_lora_weights": False, **options})
+    model = get_peft_model(base or tiny_llama(), config).eval()
+    model.save_pretrained(path)
+    return model
+
+
+# --- out ---
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has .*tie")
+@pytest.mark.parametrize("name", CASES)
+def test_plain_peft_reads_every_hypothesis(name: str, tmp_path: Path):
+    build, options = CASES[name]
+    model = trained(build, options)
+    directories = export_hypotheses(model, tmp_path / "out")
+    assert directories == [tmp_path / "out" / f"hypothesis_{k}" for k in range(K)]
+    together = []
+    for k, directory in enumerate(directories):
+        lora = PeftModel.from_pretrained(build(), directory).eval()
+        assert type(lora.peft_config["default"]) is LoraConfig
+        together.append(logits(lora))
+        torch.testing.assert_close(together[-1], logits(model, hypotheses=k), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(together), logits(model, hypotheses="all"), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together[0], together[1], atol=1e-3)
+    assert not torch.allclose(together[0], logits(build()), atol=1e-3)
+
+    # And back.
+    again = from_lora_adapters(build(), directories)
+    torch.testing.assert_close(logits(again, hypotheses="all"), torch.cat(together), rtol=1e-4, atol=1e-4)
+    theirs, ours = again.peft_config["default"].to_dict(), model.peft_config["default"].to_dict()
+    different = {key for key in ours if theirs[key] != ours[key]}
+    # The hypotheses of `model` were drawn for this test and are trainable.
+    assert different <= {"init_lora_weights", "inference_mode"}
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has .*tie")
+@pytest.mark.parametrize("name", CASES)
+def test_files_are_those_of_plain_peft(name: str, tmp_path: Path):
+    build, options = CASES[name]
+    plain = get_peft_model(build(), LoraConfig(**options_of(build(), options)))
+    plain.save_pretrained(tmp_path / "plain")
+    for directory in export_hypotheses(trained(build, options), tmp_path):
+        files = {path.name for path in directory.iterdir()}
+        # All but the model card.
+        assert files == {path.name for path in (tmp_path / "plain").iterdir()} - {"README.md"}
+        theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "plain", directory))
+        assert {key: (t.shape, t.dtype) for key, t in ours.items()} == {
+            key: (t.shape, t.dtype) for key, t in theirs.items()
+        }
+        with safe_open(directory / "adapter_model.safetensors", "pt") as weights:
+            assert weights.metadata() == {"format": "pt"}
+        theirs, ours = (json.loads((f / "adapter_config.json").read_text()) for f in (tmp_path / "plain", directory))
+        for config in (theirs, ours):
+            for key in ("target_modules", "modules_to_save", "exclude_modules"):
+                if isinstance(config[key], list):
+                    config[key].sort()
+        # PEFT records this one as given, although its layers are Conv1D; both values load.
+        theirs["fan_in_fan_out"] = ours["fan_in_fan_out"]
+        assert ours == theirs
+
+
+def test_key_names(tmp_path: Path):
+    """The names that serving engines look for, spelled out."""
+    model = with_hypotheses(tiny_llama(num_hidden_layers=1), 2, target_modules=["q_proj", "embed_tokens"])
+    directory = export_hypotheses(model, tmp_path)[1]
+    prefix = "base_model.model.model."
+    assert set(load_file(directory / "adapter_model.safetensors")) == {
+        f"{prefix}layers.0.self_attn.q_proj.lora_A.weight",
+        f"{prefix}layers.0.self_attn.q_proj.lora_B.weight",
+        f"{prefix}embed_tokens.lora_embedding_A",
+        f"{prefix}embed_tokens.lora_embedding_B",
+        f"{prefix}embed_tokens.base_layer.weight",
+    }
+    config = json.loads((directory / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert config["r"] == 4
+    assert config["lora_alpha"] == 64
+    assert config["inference_mode"] is True
+
+
+def test_exported_without_task_type_is_found_by_auto_model(tmp_path: Path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = type(tiny_llama()).from_pretrained(tmp_path / "base")
+    model = with_hypotheses(base, K, task_type=None)
+    directory = export_hypotheses(model, tmp_path)[2]
+    loaded = AutoPeftModel.from_pretrained(directory).eval()
+    torch.testing.assert_close(logits(loaded), logits(model, hypotheses=2), rtol=1e-4, atol=1e-4)
+
+
+def test_export_of_a_named_adapter(tmp_path: Path):
+    model = with_hypotheses(tiny_llama(), 2)
+    config = MCLoraConfig(num_hypotheses=4, r=2, init_lora_weights=False, target_modules=["v_proj"])
+    model.add_adapter("other", config)
+    assert len(export_hypotheses(model, tmp_path / "default")) == 2
+    directories = export_hypotheses(model, tmp_path / "other", adapter_name="other")
+    assert len(directories) == 4
+    model.set_adapter("other")
+    for k, directory in enumerate(directories):
+        lora = PeftModel.from_pretrained(tiny_llama(), directory).eval()
+        torch.testing.assert_close(logits(lora), logits(model, hypotheses=k), rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_base(tmp_path: Path):
+    model = with_hypotheses(tiny_llama().to(torch.bfloat16))
+    before = {name: p.dtype for name, p in model.named_parameters()}
+    directory = export_hypotheses(model, tmp_path)[1]
+    assert {t.dtype for t in load_file(directory / "adapter_model.safetensors").values()} == {torch.float32}
+    lora = PeftModel.from_pretrained(tiny_llama().to(torch.bfloat16), directory).eval()
+    torch.testing.assert_close(logits(lora), logits(model, hypotheses=1), rtol=0.02, atol=0.02)
+    assert {name: p.dtype for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter_name"),
+    [
+        (lambda: with_hypotheses(tiny_llama()), "other"),
+        (tiny_llama, "default"),
+        (lambda: get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])), "default"),
+    ],
+    ids=["unknown name", "no adapter", "plain LoRA"],
+)
+def test_nothing_to_export(model: Callable[[], Any], adapter_name: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=f"no MCLORA adapter named '{adapter_name}'"):
+        export_hypotheses(model(), tmp_path / "out", adapter_name=adapter_name)
+    assert not (tmp_path / "out").exists()
+
+
+# --- whole or not at all ---
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def failing_save(at: int, error: type[BaseException]) -> Callable[..., None]:
+    calls = []
+
+    def save(weights: Any, path: Path, **kwargs: Any) -> None:
+        calls.append(path)
+        if len(calls) == at:
+            Path(path).write_bytes(b"half a file")
+            raise error("disk full")
+        save_file(weights, path, **kwargs)
+
+    return save
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_failed_export_leaves_nothing(at: int, error: type[BaseException], monkeypatch: Any, tmp_path: Path):
+    monkeypatch.setattr(convert, "save_file", failing_save(at, error))
+    with pytest.raises(error, match="disk full"):
+        export_hypotheses(with_hypotheses(tiny_llama()), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_failed_export_keeps_the_older_one(at: int, error: type[BaseException], monkeypatch: Any, tmp_path: Path):
+    export_hypotheses(with_hypotheses(tiny_llama(), seed=1), tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    before = snapshot(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "save_file", failing_save(at, error))
+        with pytest.raises(error, match="disk full"):
+            export_hypotheses(with_hypotheses(tiny_llama(), seed=5), tmp_path)
+    assert snapshot(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"hypothesis_{k}" for k in range(K)] + ["notes.txt"]
+
+
+def test_a_directory_that_cannot_be_moved_in_keeps_the_older_one(monkeypatch: Any, tmp_path: Path):
+    export_hypotheses(with_hypotheses(tiny_llama(), seed=1), tmp_path)
+    before = snapshot(tmp_path)
+    rename = Path.rename
+
+    def failing_rename(self: Path, target: Path) -> Path:
+        if Path(target) == tmp_path / "hypothesis_0" and not self.name.endswith(".old"):
+            raise OSError("cannot rename")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing_rename)
+        with pytest.raises(OSError, match="cannot rename"):
+            export_hypotheses(with_hypotheses(tiny_llama(), seed=5), tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_new_export_replaces_the_older_one(tmp_path: Path):
+    export_hypotheses(with_hypotheses(tiny_llama(), seed=1), tmp_path / "twice")
+    (tmp_path / "twice" / "hypothesis_1" / "optimizer.bin").write_text("of the older one")
+    for folder in ("twice", "once"):
+        export_hypotheses(with_hypotheses(tiny_llama(), seed=5), tmp_path / folder)
+    assert snapshot(tmp_path / "twice") == snapshot(tmp_path / "once")
+
+
+def test_exported_directories_can_be_read_by_others(tmp_path: Path):
+    for directory in export_hypotheses(with_hypotheses(tiny_llama()), tmp_path):
+        (tmp_path / "usual").mkdir(exist_ok=True)
+        assert directory.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+# --- in ---
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_separately_made_adapters(is_trainable: bool, tmp_path: Path):
+    expected = [logits(lora_adapter(tmp_path / str(seed), seed)) for seed in range(4)]
+    model = from_lora_adapters(tiny_llama(), [tmp_path / str(seed) for seed in range(4)], is_trainable=is_trainable)
+    model.eval()
+    assert model.peft_config["default"].num_hypotheses == 4
+    torch.testing.assert_close(logits(model, hypotheses="all"), torch.cat(expected), rtol=1e-4, atol=1e-4)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapters = {name for name, _ in model.named_parameters() if "mclora_" in name}
+    assert trainable == (adapters if is_trainable else set())
+
+
+def test_order_repetition_and_text_paths(tmp_path: Path):
+    first, second = (logits(lora_adapter(tmp_path / str(seed), seed)) for seed in range(2))
+    model = from_lora_adapters(tiny_llama(), [str(tmp_path / "1"), str(tmp_path / "0"), str(tmp_path / "1")]).eval()
+    expected = torch.cat([second, first, second])
+    torch.testing.assert_close(logits(model, hypotheses="all"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_may_differ(tmp_path: Path):
+    """Where an adapter came from and how it was trained."""
+    expected = [
+        logits(lora_adapter(tmp_path / "0", 0, lora_dropout=0.1)),
+        logits(lora_adapter(tmp_path / "1", 1, revision="other", init_lora_weights="gaussian")),
+        logits(lora_adapter(tmp_path / "2", 2, init_lora_weights="orthogonal")),
+    ]
+    model = from_lora_adapters(tiny_llama(), [tmp_path / str(k) for k in range(3)]).eval()
+    torch.testing.assert_close(logits(model, hypotheses="all"), torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_the_new_adapter_lives_on(tmp_path: Path):
+    paths = [tmp_path / str(seed) for seed in range(2)]
+    for seed, path in enumerate(paths):
+        lora_adapter(path, seed)
+    model = from_lora_adapters(tiny_llama(), paths, adapter_name="pair").eval()
+    model.save_pretrained(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "saved" / "pair").eval()
+    assert torch.equal(logits(loaded, hypotheses="all"), logits(model, hypotheses="all"))
+    directories = export_hypotheses(model, tmp_path / "out", adapter_name="pair")
+    for path, directory in zip(paths, directories, strict=True):
+        theirs, ours = load_file(path / "adapter_model.safetensors"), load_file(directory / "adapter_model.safetensors")
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_shared_parameters_that_agree(tmp_path: Path):
+    for seed in range(2):
+        lora_adapter(tmp_path / str(seed), seed, modules_to_save=["lm_head"])
+    from_lora_adapters(tiny_llama(), [tmp_path / "0", tmp_path / "1"])
+
+
+def change_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = load_file(path / "adapter_model.safetensors")
+    change(weights)
+    save_file(weights, path / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def first_key(weights: dict[str, torch.Tensor]) -> str:
+    return sorted(weights)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 2}, "`r` is 4 in .*/good and 2 in .*/bad"),
+        ({"lora_alpha": 8}, "`lora_alpha` is 32 in .*/good and 8 in .*/bad"),
+        ({"target_modules": ["q_proj"]}, "`target_modules` is .*v_proj.* in .*/good and .* in .*/bad"),
+        ({"use_rslora": True}, "`use_rslora` is False in .*/good and True in .*/bad"),
+        ({"rank_pattern": {"q_proj": 2}}, "`rank_pattern`"),
+        ({"bias": "all"}, "`bias` is 'none' in .*/good and 'all' in .*/bad"),
+        ({"modules_to_save": ["lm_head"]}, "`modules_to_save`"),
+        ({"use_dora": True}, "bad uses use_dora; only plain LoRA"),
+        ({"lora_bias": True}, "bad uses lora_bias; only plain LoRA"),
+        ({"init_lora_weights": "pissa"}, "bad was initialised by 'pissa'.*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "olora"}, "bad was initialised by 'olora'"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_adapters_that_cannot_be_hypotheses(options: dict[str, Any], message: str, tmp_path: Path):
+    lora_adapter(tmp_path / "good")
+    lora_adapter(tmp_path / "bad", **options)
+    refuse(tiny_llama(), [tmp_path / "good", tmp_path / "bad"], message)
+    if message.startswith("bad"):
+        refuse(tiny_llama(), [tmp_path / "bad", tmp_path / "good"], message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop(first_key(w)), "bad and .*good differ in their parameters, such as .*lora_A.weight"),
+        (lambda w: w.update(extra=torch.zeros(1)), "bad and .*good differ in their parameters, such as extra"),
+        (
+            lambda w: w.update({first_key(w): torch.zeros(5, 16)}),
+            r"lora_A.weight has shape \(5, 16\) in .*bad and \(4, 16\) in .*good",
+        ),
+    ],
+    ids=["missing", "extra", "shape"],
+)
+def test_weights_of_another_shape(change: Callable[..., Any], message: str, tmp_path: Path):
+    for name in ("good", "bad"):
+        lora_adapter(tmp_path / name)
+    change_weights(tmp_path / "bad", change)
+    refuse(tiny_llama(), [tmp_path / "good", tmp_path / "bad"], message)
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"bias": "lora_only"}], ids=str)
+def test_shared_parameters_that_differ(options: dict[str, Any], tmp_path: Path):
+    build = tiny_gpt2 if "bias" in options else tiny_llama
+    targets = ["c_attn"] if "bias" in options else ["q_proj"]
+    for name in ("good", "bad"):
+        lora_adapter(tmp_path / name, base=build(), target_modules=targets, **options)
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        key = next(key for key in weights if "lora_" not in key)
+        weights[key] += 1
+
+    change_weights(tmp_path / "bad", change)
+    refuse(build(), [tmp_path / "good", tmp_path / "bad"], "trained in full and differs .* all hypotheses share it")
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ({"num_hidden_layers": 1}, "it has no place for .*layers.1.self_attn.q_proj.lora_A.weight"),
+        ({"num_hidden_layers": 3}, "they have no .*layers.2.self_attn.q_proj.lora_A.weight"),
+        ({"hidden_size": 32}, r"lora_A.weight has shape \(4, 16\), and \(4, 32\) is needed"),
+    ],
+    ids=["fewer layers", "more layers", "wider"],
+)
+def test_adapters_of_another_base(base: dict[str, Any], message: str, tmp_path: Path):
+    for seed in range(2):
+        lora_adapter(tmp_path / str(seed), seed)
+    refuse(tiny_llama(**base), [tmp_path / "0", tmp_path / "1"], f"`adapters` do not fit the base model: .*{message}")
+
+
+def test_other_kinds_of_adapters(tmp_path: Path):
+    lora_adapter(tmp_path / "good")
+    torch.manual_seed(0)
+    config = AdaLoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", total_step=10)
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "adalora")
+    with_hypotheses(tiny_llama()).save_pretrained(tmp_path / "mclora")
+    refuse(
+        tiny_llama(),
+        [tmp_path / "good", tmp_path / "adalora"],
+        "adalora has a AdaLoraConfig; it is not an ordinary LoRA",
+    )
+    refuse(tiny_llama(), [tmp_path / "mclora"], "mclora has a MCLoraConfig; it is not an ordinary LoRA")
+
+
+def test_nothing_or_no_list_of_adapters(tmp_path: Path):
+    refuse(tiny_llama(), [], "`adapters` is empty")
+    lora_adapter(tmp_path / "good")
+    refuse(tiny_llama(), str(tmp_path / "good"), "`adapters` must be a list")
+    refuse(tiny_llama(), tmp_path / "good", "`adapters` must be a list")
+
+
+def test_files_that_are_missing_or_broken(tmp_path: Path):
+    for name in ("good", "empty", "cut"):
+        lora_adapter(tmp_path / name)
+    (tmp_path / "empty" / "adapter_model.safetensors").unlink()
+    weights = tmp_path / "cut" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    good = tmp_path / "good"
+    refuse(tiny_llama(), [good, tmp_path / "none"], "adapter_config.json.*none")
+    refuse(tiny_llama(), [good, tmp_path / "empty"], "no adapter_model.safetensors in .*empty")
+    refuse(tiny_llama(), [good, tmp_path / "cut"], "cut/adapter_model.safetensors is truncated or corrupt")
+
+
+def refuse(base: PreTrainedModel, adapters: Any, message: str) -> None:
+    """The adapters are refused with this message, and the base model is left as it was."""
+    before = logits(base)
+    modules = [type(module) for module in base.modules()]
+    with pytest.raises(ValueError, match=message):
+        from_lora_adapters(base, adapters)
+    assert [type(module) for module in base.modules()] == modules
+    assert not any(isinstance(module, MCLoraLayer) for module in base.modules())
+    assert "generate" not in vars(base)
+    assert torch.equal(logits(base), before)
+    assert before.shape[-1] == VOCABULARY

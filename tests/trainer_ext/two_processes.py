@@ -1,0 +1,115 @@
+"""What the test of several processes launches: short runs of the trainer whose inputs, weights and gradients are kept.
+
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 tests/trainer_ext/two_processes.py OUTPUT_DIR
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+import trainer_ext.trainer as trainer_module
+from tests.trainer_ext.reference import (
+    Gradients,
+    RecordingCollator,
+    adapted_llama,
+    logged,
+    ragged_pairs,
+    ragged_rows,
+    tokenized,
+    trainer_for,
+)
+
+
+# Two processes with two micro-batches of two rows: the eight rows are one optimizer step.
+ROWS, BATCH_SIZE, ACCUMULATION, STEPS = 8, 2, 2, 2
+COLD = {"objective": "annealed", "initial_temperature": 1e-5, "final_temperature": 1e-9, "temperature_decay": 1.0}
+CASES: dict[str, dict[str, Any]] = {
+    f"{options['objective']}, {normalization}": {**options, "loss_normalization": normalization}
+    for normalization in ("token", "sequence")
+    for options in (
+        {"objective": "wta"},
+        {"objective": "relaxed", "relaxed_epsilon": 0.1},
+        {"objective": "annealed", "initial_temperature": 0.5, "temperature_decay": 0.9},
+        {"objective": "random"},
+    )
+} | {"processes of one mind": COLD}
+
+
+def rows_of(case: str) -> Any:
+    if case == "processes of one mind":
+        # The first process sees nothing but rows without labels, all of whose hypotheses tie; the second sees the rest. So
+        # one would run all rows at once and the other score first, if they did not ask each other.
+        empty = ([5, 6, 7], [-100, -100, -100])
+        first, second, third, fourth = (([3 + row, 20 + row, 40 + row],) * 2 for row in range(4))
+        return tokenized([empty, empty, first, second, empty, empty, third, fourth])
+    return ragged_rows(ROWS, without_labels=(3,))
+
+
+def run(case: str, output_dir: Path, **options: Any) -> dict[str, Any]:
+    """Train at learning rate zero and evaluate; returns what this process saw."""
+    collator, gradients, weights, calls = RecordingCollator(), Gradients(), [], []
+
+    def record_weights(*args: Any, **kwargs: Any) -> Any:
+        found = assignment(*args, **kwargs)
+        weights.append(found[0].clone())
+        return found
+
+    def record_call(*args: Any) -> Any:
+        calls.append(torch.is_grad_enabled())
+        return scoring(*args)
+
+    assignment, trainer_module.assignment_weights = trainer_module.assignment_weights, record_weights
+    scoring, trainer_module.score_tokens = trainer_module.score_tokens, record_call
+    try:
+        set_seed(0)
+        defaults = {
+            "learning_rate": 0.0,
+            "max_grad_norm": 0.0,
+            "max_length": None,
+            "max_steps": STEPS,
+            "per_device_train_batch_size": BATCH_SIZE,
+            "per_device_eval_batch_size": BATCH_SIZE,
+            "gradient_accumulation_steps": ACCUMULATION,
+            "train_sampling_strategy": "sequential",
+        }
+        trainer = trainer_for(
+            output_dir,
+            model=adapted_llama(),
+            data=rows_of(case),
+            eval_dataset=ragged_pairs(7, seed=5),
+            data_collator=collator,
+            callbacks=[gradients],
+            **{**defaults, **CASES[case], **options},
+        )
+        trainer.train()
+        found = {"batches": collator.batches[: STEPS * ACCUMULATION], "weights": list(weights), "calls": list(calls)}
+        metrics = trainer.evaluate()
+    finally:
+        trainer_module.assignment_weights, trainer_module.score_tokens = assignment, scoring
+    return {
+        **found,
+        "gradients": gradients.steps,
+        "logs": trainer.state.log_history,
+        "losses": logged(trainer, "loss"),
+        "metrics": {name: value for name, value in metrics.items() if "per_second" not in name and "runtime" not in name},
+        "processes": trainer.accelerator.num_processes,
+        "distributed_type": str(trainer.accelerator.distributed_type),
+        "wrapper": type(trainer.model_wrapped).__name__,
+    }
+
+
+def main() -> None:
+    root = Path(sys.argv[1])
+    found = {case: run(case, root / "out") for case in CASES}
+    torch.save(found, root / f"process_{torch.distributed.get_rank()}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
