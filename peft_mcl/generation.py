@@ -40,8 +40,8 @@ def generate(tuner: MCLoraModel, *args: Any, hypotheses: Any = None, **kwargs: A
         `num_return_sequences=n`, rows (b * K + k) * n .. (b * K + k + 1) * n - 1. `K` is the length of the subset asked for.
 
     Raises:
-        ValueError: A hypothesis does not exist, or an argument that serves one sequence at a time (a streamer, an
-            assistant model, a filled cache) meets several hypotheses.
+        ValueError: A hypothesis does not exist, or several of them meet what serves one sequence at a time (a streamer,
+            an assistant model), a filled cache, or an input that is not one row for each prompt (several pictures).
     """
     base: Any = tuner.model
     chosen = _choose(tuner, hypotheses)

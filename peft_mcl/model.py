@@ -203,7 +203,7 @@ class MCLoraModel(BaseTuner):
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.__dict__["support_avx512bf16_for_cpu"] = False
                 state = getattr(module.weight, "quant_state", None)
-                if getattr(state, "packing_format_for_cpu", False):
+                if state is not None and getattr(state, "packing_format_for_cpu", False):
                     # The base model was called before. bitsandbytes turns the weight back in order to save it, but not
                     # (0.50.2) the scales of a weight without double quantisation.
                     module.state_dict()
@@ -277,7 +277,7 @@ class MCLoraModel(BaseTuner):
     def _prepare_merge(self, hypothesis: int | None, adapter_names: list[str] | None, safe_merge: bool) -> int:
         counts = [self.peft_config[name].num_hypotheses for name in adapter_names or () if name in self.peft_config]
         hypothesis = self.routing.active if hypothesis is None else hypothesis
-        hypothesis = check_hypothesis(hypothesis, min(counts + [self.num_hypotheses]))
+        hypothesis = check_hypothesis(hypothesis, min([*counts, self.num_hypotheses]))
         layers = [module for module in self.model.modules() if isinstance(module, MCLoraLayer)]
         merged = {index for layer in layers for index in layer.merged_hypothesis.values()}
         if merged - {hypothesis}:

@@ -281,7 +281,9 @@ def _expand_cache(name: str, cache: Cache, copies: int, batch_size: int) -> Cach
             f"{copies * batch_size} from an earlier call with hypotheses='all'."
         )
     # Choosing rows makes new keys and values, so they need no copy; and those of a graph would refuse it.
-    kept = [value for layer in _cache_layers(cache) for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    kept = [
+        value for layer in _cache_layers(cache) for value in vars(layer).values() if isinstance(value, torch.Tensor)
+    ]
     cache = copy.deepcopy(cache, {id(value): value for value in kept if value.dim() > 0})
     # The rule of beam search: every kind of cache has it.
     cache.reorder_cache(torch.arange(batch_size).repeat(copies))

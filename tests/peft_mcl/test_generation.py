@@ -242,7 +242,7 @@ def test_subset_and_order(hypotheses: Any, chosen: list[int]):
     "hypotheses",
     [
         3, -1, True, 1.0, "some", "1", [], (), [0, 3], [-1], [0, 1.5], [True], ["all"], [None], [[0]], {0, 1}, {}, object(),
-        torch.tensor(1), torch.tensor([[0]]), torch.tensor([0.0]), torch.tensor([True]), torch.tensor([3]), torch.tensor([]),
+        np.array([0, 1]), torch.tensor(1), torch.tensor([[0]]), torch.tensor([0.0]), torch.tensor([True]), torch.tensor([3]), torch.tensor([]),
     ],
     ids=repr,
 )  # fmt: skip
@@ -576,22 +576,27 @@ def test_guidance(family: str, negative: str):
     assert check_rows(inputs, family, **options) != check_rows(inputs, family)
 
 
-def test_a_call_inside_a_logits_processor_uses_the_active_hypothesis():
+def test_calls_inside_a_logits_processor_are_calls_of_their_own():
     model = with_hypotheses(tiny_llama())
     model.set_hypothesis(1)
     inputs = prompts([6, 3])
-    expected = model(**inputs).logits
+    expected = model(**inputs).logits, model.generate(**inputs, max_new_tokens=2)
     inner = []
 
     class Asks(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            inner.append(model(**inputs).logits)
+            for call in (model, model.base_model):
+                inner.append((call(**inputs).logits, call.generate(**inputs, max_new_tokens=2)))
             return scores
 
-    before = model.generate(**inputs, max_new_tokens=3)
-    assert torch.equal(model.generate(**inputs, max_new_tokens=3, logits_processor=[Asks()]), before)
-    assert len(inner) == 3
-    assert all(torch.equal(logits, expected) for logits in inner)
+    for hypotheses in (None, [2, 1]):
+        before = model.generate(**inputs, max_new_tokens=3, hypotheses=hypotheses)
+        after = model.generate(**inputs, max_new_tokens=3, hypotheses=hypotheses, logits_processor=[Asks()])
+        assert torch.equal(before, after)
+    assert len(inner) == 2 * 2 * 3
+    for logits, sequences in inner:
+        assert torch.equal(logits, expected[0])
+        assert torch.equal(sequences, expected[1])
 
 
 def test_an_exception_leaves_no_trace():
