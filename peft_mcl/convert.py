@@ -14,7 +14,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import (
     SAFETENSORS_WEIGHTS_NAME,
-    WEIGHTS_NAME,
     PeftType,
     get_peft_model_state_dict,
     load_peft_weights,
@@ -211,8 +210,12 @@ def _load_weights(path: str) -> dict[str, torch.Tensor]:
         safetensors = Path(path, SAFETENSORS_WEIGHTS_NAME)
         if safetensors.is_file():
             check_safetensors(safetensors)
-        elif not Path(path, WEIGHTS_NAME).is_file():
-            raise ValueError(f"`adapters`: there is no {SAFETENSORS_WEIGHTS_NAME} in {path}.")
+        else:
+            # PEFT would fall back to a pickle file.
+            raise ValueError(
+                f"`adapters`: there is no {SAFETENSORS_WEIGHTS_NAME} in {path}. Save the adapter with `save_pretrained`; other "
+                "formats are not read."
+            )
     return load_peft_weights(path, device="cpu")
 
 

@@ -244,11 +244,11 @@ def _expand(name: str, value: Any, copies: int, batch_size: int) -> Any:
     if isinstance(value, torch.Tensor):
         if value.dim() == 0 or name in NOT_BATCHED:
             return value
-        if name in BROADCAST and value.shape[0] != batch_size:
-            # (3, batch, length): the position ids of multimodal rotary embeddings.
-            has_batch_second = value.dim() == 3 and value.shape[1] == batch_size
-            return torch.cat([value] * copies, dim=1) if has_batch_second else value
-        return torch.cat([value] * copies)
+        # (3, batch, length): the position ids of multimodal rotary embeddings.
+        batch_dim = 1 if name.endswith("position_ids") and value.dim() == 3 else 0
+        if name in BROADCAST and value.shape[batch_dim] != batch_size:
+            return value
+        return torch.cat([value] * copies, dim=batch_dim)
     if isinstance(value, Cache):
         return _expand_cache(name, value, copies, batch_size)
     if isinstance(value, ModelOutput):

@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, disable_progress_bars, load_dataset
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
+from transformers import PrinterCallback
 from trl import TrlParser
 
 import peft_mcl  # noqa: F401  (registers the adapter type)
@@ -52,6 +53,7 @@ class EvaluateArguments:
 
 
 def main(args: EvaluateArguments) -> None:
+    disable_progress_bars()
     suffix = Path(args.dataset_name).suffix
     if suffix not in FILE_FORMATS or not Path(args.dataset_name).is_file():
         raise ValueError(f"`dataset_name` must be a {', '.join(FILE_FORMATS)} file, and {args.dataset_name!r} is none.")
@@ -87,13 +89,15 @@ def score(adapter: str, dataset: Dataset, args: EvaluateArguments) -> ScoreWindo
             max_length=args.max_length,
             report_to=[],
             use_cpu=not torch.cuda.is_available(),
-            bf16=False,
+            bf16=model.dtype == torch.bfloat16,
             gradient_checkpointing=False,
             disable_tqdm=True,
         )
         columns = [name for name in dataset.column_names if name == args.mode_column]
         data = dataset.remove_columns(columns)
-        return MCLTrainer(model=model, args=config, train_dataset=data).score(data)
+        trainer = MCLTrainer(model=model, args=config, train_dataset=data)
+        trainer.remove_callback(PrinterCallback)
+        return trainer.score(data)
 
 
 def agreement(modes: list[str], winners: torch.Tensor, num_hypotheses: int) -> dict[str, Any]:

@@ -37,6 +37,15 @@ def check_model(model: Any, peft_config: PeftConfig | None) -> None:
         raise ValueError(f"`model` is not an MCLORA model and there is no `peft_config`. {advice}")
 
 
+def check_trainable(model: Any) -> None:
+    """Raise a ValueError if no parameter of the model is to be trained."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "`model` has no trainable parameters: its adapter was loaded for inference. Load it with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
+
+
 def check_output_dir(output_dir: str | None) -> None:
     """Raise a ValueError unless a file can be written to `output_dir`, which is made if it is missing."""
     path = Path(output_dir or ".")
@@ -68,6 +77,15 @@ def check_dataset(name: str, dataset: Any, args: Any, formatting_func: Callable[
                     f"`{name}` has an empty completion in row {row}: there is nothing to learn from it. Remove such rows, for "
                     "instance with `dataset.filter(lambda row: row['completion'])`."
                 )
+
+
+def check_prepared_dataset(name: str, dataset: Any, max_length: int | None) -> None:
+    """Raise a ValueError if nothing was left of a data set when it was cut to `max_length`."""
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(
+            f"`{name}` has no example left with a token to learn: all of them lost their completion when they were cut to "
+            f"`max_length={max_length}`. Raise `max_length` or shorten the prompts."
+        )
 
 
 def _check_columns(name: str, first: dict[str, Any], text_field: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Real
 
 from trl import SFTConfig
 
@@ -81,7 +82,7 @@ class MCLConfig(SFTConfig):
         if self.temperature_decay is None and self.annealing_fraction is None:
             self.annealing_fraction = DEFAULT_ANNEALING_FRACTION
         # Trainer takes every metric whose name does not end with "loss" for a score.
-        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("_nll"):
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("_nll"):  # type: ignore[has-type]
             self.greater_is_better = False
         super().__post_init__()
 
@@ -92,6 +93,11 @@ class MCLConfig(SFTConfig):
             raise ValueError(
                 f"`loss_normalization` must be one of {', '.join(NORMALIZATIONS)}, got {self.loss_normalization!r}."
             )
+        numbers = ["relaxed_epsilon", "initial_temperature", "final_temperature", "no_win_warning_steps"]
+        numbers += [name for name in ("temperature_decay", "annealing_fraction") if getattr(self, name) is not None]
+        for name in numbers:
+            if not isinstance(getattr(self, name), Real):
+                raise ValueError(f"`{name}` must be a number, got {getattr(self, name)!r}.")
         if not 0.0 <= self.relaxed_epsilon <= 1.0:
             raise ValueError(f"`relaxed_epsilon` must be in [0, 1], got {self.relaxed_epsilon!r}.")
         for name in ("initial_temperature", "final_temperature"):

@@ -123,23 +123,23 @@ class MCLTrainer(SFTTrainer):
             formatting_func=formatting_func,
         )
         checks.check_parallelism(self.accelerator)
-        if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == 0:
-            raise ValueError(
-                "`train_dataset` has no example left with a token to learn: all of them lost their completion when they were "
-                f"cut to `max_length={args.max_length}`. Raise `max_length` or shorten the prompts."
-            )
+        for name, dataset in {"train_dataset": self.train_dataset, **_named_datasets(self.eval_dataset)}.items():
+            checks.check_prepared_dataset(name, dataset, args.max_length)
         self._positions = SupervisedPositions(self.model.get_base_model())
-        self._train_window = ScoreWindow()
         self._eval_window = ScoreWindow()
+        self._forget_earlier_runs()
+        self._has_dropout = has_dropout(self.model) or self.args.neftune_noise_alpha is not None
+        if self.args.loss_normalization == "sequence":
+            # Some models make Trainer count no labels, because their own loss would not use the number. Ours does.
+            self.model_accepts_loss_kwargs = True
+
+    def _forget_earlier_runs(self) -> None:
+        self._train_window = ScoreWindow()
         self._draws = (-1, 0)
         self._last_win: list[int] | None = None
         self._warned: set[int] = set()
         self._last_temperature = self.args.initial_temperature
         self._weighted_share = 1.0
-        self._has_dropout = has_dropout(self.model) or self.args.neftune_noise_alpha is not None
-        if self.args.loss_normalization == "sequence":
-            # Some models make Trainer count no labels, because their own loss would not use the number. Ours does.
-            self.model_accepts_loss_kwargs = True
 
     # ------------------------------------------------------------------------------------------------------------
     # The loss
@@ -392,6 +392,8 @@ class MCLTrainer(SFTTrainer):
         """As SFTTrainer. `resume_from_checkpoint=True` takes the newest checkpoint that was written whole."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(checks.last_whole_checkpoint(Path(str(self.args.output_dir))))
+        checks.check_trainable(self.model)
+        self._forget_earlier_runs()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
 

@@ -7,8 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, StaticCache
+from transformers import (
+    DynamicCache,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
+    StaticCache,
+)
 
+from peft_mcl.routing import expand_inputs
 from tests.peft_mcl.reference import (
     adapt,
     adapted_layers,
@@ -364,6 +371,18 @@ def test_position_ids_of_one_row_for_a_batch_of_one():
     )
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_position_ids_of_multimodal_models(rows):
+    """Of shape (3, batch, length), also where the batch is 3."""
+    positions = torch.arange(3 * rows * 5).view(3, rows, 5)
+    ids = torch.zeros(rows, 5, dtype=torch.long)
+    expanded = expand_inputs({"input_ids": ids, "position_ids": positions}, copies=2, batch_size=rows)
+    assert torch.equal(expanded["position_ids"], torch.cat([positions, positions], dim=1))
+    one_row = positions[:, :1]
+    if rows > 1:
+        assert expand_inputs({"position_ids": one_row}, copies=2, batch_size=rows)["position_ids"] is one_row
+
+
 @pytest.mark.parametrize("rows_of_mask", [1, 2])
 def test_a_mask_of_four_dimensions(rows_of_mask):
     base = double(tiny_llama)
@@ -413,6 +432,27 @@ def test_outputs_of_an_encoder(as_tuple):
     expected = brute_force(base, model, inputs, routes(3, 2)["all"][1])
     torch.testing.assert_close(model(**inputs, hypotheses="all").logits, expected, **TIGHT)
     assert encoded.last_hidden_state.shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("model_class", "task_type", "labels"),
+    [
+        (LlamaForSequenceClassification, "SEQ_CLS", torch.tensor([0, 1])),
+        (LlamaForTokenClassification, "TOKEN_CLS", torch.ones(2, 7, dtype=torch.long)),
+        (LlamaModel, "FEATURE_EXTRACTION", None),
+    ],
+    ids=["SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"],
+)
+def test_other_tasks(model_class, task_type, labels):
+    base = model_class(tiny_llama().config).eval()
+    model = adapt(copy.deepcopy(base), task_type=task_type, target_modules=["q_proj", "up_proj"])
+    inputs = batch() if labels is None else {**batch(), "labels": labels}
+    outputs = [merged_by_hand(base, model, k)(**inputs) for k in range(3)]
+    actual = model(**inputs, hypotheses="all")
+    name = "last_hidden_state" if labels is None else "logits"
+    torch.testing.assert_close(actual[name], torch.cat([output[name] for output in outputs]), rtol=1e-4, atol=1e-5)
+    if labels is not None:
+        torch.testing.assert_close(actual.loss, torch.stack([output.loss for output in outputs]).mean())
 
 
 def test_a_packed_batch_is_refused():

@@ -107,7 +107,15 @@ def hypotheses(num_hypotheses: int = 3, **options: Any) -> MCLoraConfig:
 
 def trainer_for(output_dir: Path, *, model: Any = None, data: Any = None, **options: Any) -> MCLTrainer:
     """An MCLTrainer on a tiny Llama; arguments of the trainer are told from those of its configuration by name."""
-    names = ("eval_dataset", "callbacks", "compute_metrics", "data_collator", "formatting_func", "peft_config", "optimizers")
+    names = (
+        "eval_dataset",
+        "callbacks",
+        "compute_metrics",
+        "data_collator",
+        "formatting_func",
+        "peft_config",
+        "optimizers",
+    )
     own = {name: options.pop(name) for name in names if name in options}
     model = tiny_llama() if model is None else model
     if not isinstance(model, PeftModel):

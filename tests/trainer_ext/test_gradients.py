@@ -153,9 +153,7 @@ def assert_steps_equal_brute_force(run, reference, objective, normalization, acc
                 torch.testing.assert_close(run.weights[index][row], torch.tensor(rows[-1]), rtol=2e-2, atol=1e-5)
             q.append(rows)
         batches = [run.batches[index] for index in micro_batches]
-        assert_same_gradients(
-            run.gradients[step], gradients_by_hand(reference, batches, q, normalization), tolerance
-        )
+        assert_same_gradients(run.gradients[step], gradients_by_hand(reference, batches, q, normalization), tolerance)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3])

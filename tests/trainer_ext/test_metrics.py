@@ -106,7 +106,7 @@ def test_identical_hypotheses_have_one_likelihood_however_they_share():
     assert metrics["mixture_nll"] == pytest.approx(3.0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 2**32))
 def test_bounds_of_the_theory(rows, num_hypotheses, seed):
     scores, num_tokens, winners = random_window(rows, num_hypotheses, seed)

@@ -444,7 +444,9 @@ def test_a_hypothesis_that_stopped_winning_is_named_once(tmp_path, caplog):
     assert message.startswith("Hypothesis 1 has won no sequence for 3 steps (up to step 3)")
 
 
-@pytest.mark.parametrize("options", [{"no_win_warning_steps": 0}, {"objective": "random"}, {"no_win_warning_steps": 100}])
+@pytest.mark.parametrize(
+    "options", [{"no_win_warning_steps": 0}, {"objective": "random"}, {"no_win_warning_steps": 100}]
+)
 def test_no_warning_where_there_is_nothing_to_warn_of(tmp_path, caplog, options):
     model, data = won_by([0, 2])
     defaults = {"objective": "wta", "no_win_warning_steps": 2, "learning_rate": 0.0, "max_steps": 5}
@@ -541,7 +543,12 @@ def test_weights_follow_the_scores_of_the_moment(tmp_path, assignments):
 
     reference = frozen_copy(model)
     trainer = trainer_for(
-        tmp_path, model=model, data_collator=collator, callbacks=[Snapshot()], initial_temperature=0.1, temperature_decay=0.5
+        tmp_path,
+        model=model,
+        data_collator=collator,
+        callbacks=[Snapshot()],
+        initial_temperature=0.1,
+        temperature_decay=0.5,
     )
     trainer.train()
     for step, (temperature, weights, _) in enumerate(assignments):
@@ -663,7 +670,9 @@ def test_a_saved_adapter_can_be_trained_on(tmp_path):
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "first", is_trainable=True)
     held_out = ragged_pairs(5, seed=1)
     again = trainer_for(tmp_path / "second", model=model)
-    assert again.evaluate(held_out)["eval_wta_nll"] == pytest.approx(trainer.evaluate(held_out)["eval_wta_nll"], rel=1e-6)
+    assert again.evaluate(held_out)["eval_wta_nll"] == pytest.approx(
+        trainer.evaluate(held_out)["eval_wta_nll"], rel=1e-6
+    )
     again.train()
     assert logged(again, "loss")[-1] < logged(trainer, "loss")[0]
 
@@ -692,7 +701,10 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
 
 @pytest.mark.parametrize("name", ["wta_nll", "eval_mean_nll", "eval_worst_nll", "mixture_nll", "eval_near_wta_nll"])
 def test_a_lower_likelihood_loss_is_better(tmp_path, name):
-    assert MCLConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, metric_for_best_model=name).greater_is_better is False
+    assert (
+        MCLConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, metric_for_best_model=name).greater_is_better
+        is False
+    )
 
 
 def test_what_the_user_says_about_the_best_metric_stands(tmp_path):
@@ -818,6 +830,7 @@ def test_training_arguments_and_sft_arguments_become_ours(tmp_path):
 
 def test_no_arguments_at_all_give_a_directory_named_after_the_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
     # The defaults are for machines that compute in bfloat16 on a device.
     class OnCPU(MCLConfig):
         def __init__(self, output_dir):
@@ -883,12 +896,17 @@ def test_a_configuration_can_be_rebuilt_from_its_own_values(tmp_path):
         config = MCLConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
         values = {name: value for name, value in config.to_dict().items() if not name.endswith("_token")}
         again = MCLConfig(**values)
-        assert (again.temperature_decay, again.annealing_fraction) == (config.temperature_decay, config.annealing_fraction)
+        assert (again.temperature_decay, again.annealing_fraction) == (
+            config.temperature_decay,
+            config.annealing_fraction,
+        )
 
 
 def test_the_defaults_of_sft_train(tmp_path):
     # bfloat16 autocast and gradient checkpointing, on a CPU.
-    args = MCLConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=3, report_to=[], logging_steps=1, disable_tqdm=True)
+    args = MCLConfig(
+        output_dir=str(tmp_path), use_cpu=True, max_steps=3, report_to=[], logging_steps=1, disable_tqdm=True
+    )
     assert args.bf16
     assert args.gradient_checkpointing
     trainer = MCLTrainer(
@@ -1017,7 +1035,11 @@ def test_decoding_in_the_middle_of_training_changes_nothing(tmp_path, put_back, 
     assert decoder.shapes == [torch.Size([6, 5])] * 4
     for ours, theirs in zip(with_decoding, without, strict=True):
         # TRL tells training from evaluation by the mode that the callback left the model in, and names its own so.
-        own = theirs.keys() if put_back else [name for name in theirs if name not in ("entropy", "mean_token_accuracy", "num_tokens")]
+        own = (
+            theirs.keys()
+            if put_back
+            else [name for name in theirs if name not in ("entropy", "mean_token_accuracy", "num_tokens")]
+        )
         assert {name: ours.get(name) for name in own} == {name: theirs[name] for name in own}
 
 
@@ -1031,7 +1053,9 @@ def test_callbacks_see_the_metrics(tmp_path):
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             seen.append(metrics)
 
-    trainer = trainer_for(tmp_path, max_steps=1, callbacks=[Watch()], eval_dataset=ragged_pairs(5), eval_strategy="steps", eval_steps=1)
+    trainer = trainer_for(
+        tmp_path, max_steps=1, callbacks=[Watch()], eval_dataset=ragged_pairs(5), eval_strategy="steps", eval_steps=1
+    )
     trainer.train()
     assert any("win_share/2" in entry and "temperature" in entry for entry in seen)
     assert any("eval_win_share/2" in entry for entry in seen)

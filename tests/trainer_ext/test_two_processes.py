@@ -29,9 +29,9 @@ def free_port() -> int:
 def processes(tmp_path_factory):
     """What each of the two processes saw, by case."""
     root = tmp_path_factory.mktemp("processes")
+    launcher = f"-m torch.distributed.run --nproc_per_node 2 --master_port {free_port()}"
     finished = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-        + ["tests/trainer_ext/two_processes.py", str(root)],
+        [sys.executable, *launcher.split(), "tests/trainer_ext/two_processes.py", str(root)],
         cwd=ROOT,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -1,6 +1,6 @@
 """What the test of several processes launches: short runs of the trainer whose inputs, weights and gradients are kept.
 
-    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 tests/trainer_ext/two_processes.py OUTPUT_DIR
+ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 tests/trainer_ext/two_processes.py OUTPUT_DIR
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def run(case: str, output_dir: Path, **options: Any) -> dict[str, Any]:
         "gradients": gradients.steps,
         "logs": trainer.state.log_history,
         "losses": logged(trainer, "loss"),
-        "metrics": {name: value for name, value in metrics.items() if "per_second" not in name and "runtime" not in name},
+        "metrics": {
+            name: value for name, value in metrics.items() if "per_second" not in name and "runtime" not in name
+        },
         "processes": trainer.accelerator.num_processes,
         "distributed_type": str(trainer.accelerator.distributed_type),
         "wrapper": type(trainer.model_wrapped).__name__,
