@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
 
-
-if TYPE_CHECKING:
-    from peft_mcl.config import MCLoraConfig
-    from peft_mcl.model import MCLoraModel
 
 PEFT_TYPE = "MCLORA"
 
@@ -34,7 +30,7 @@ def add_peft_type(name: str) -> PeftType:
     return member
 
 
-def register(config_cls: type[MCLoraConfig], model_cls: type[MCLoraModel]) -> None:
+def register(config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
     """Register the tuner with PEFT's own `register_peft_method`.
 
     Harmless when repeated: if the package is imported afresh (a reload in a notebook, say) the newest classes take over.

@@ -79,8 +79,10 @@ def read_prompts(args: GenerateArguments) -> list[dict[str, Any]]:
     if any("prompt" not in row for row in rows):
         raise ValueError(f"`prompts_file` {args.prompts_file!r} has a row without the key 'prompt'.")
     # Several rows of a data set can share a prompt, one for each reference.
-    unique = {json.dumps(row["prompt"]): row for row in reversed(rows)}
-    rows = [{"prompt": row["prompt"]} for row in reversed(list(unique.values()))]
+    unique: dict[str, Any] = {}
+    for row in rows:
+        unique.setdefault(json.dumps(row["prompt"]), row["prompt"])
+    rows = [{"prompt": prompt} for prompt in unique.values()]
     if not rows:
         raise ValueError("There is nothing to decode: give `--prompts` or `--prompts_file`.")
     for row in rows:

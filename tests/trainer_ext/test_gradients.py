@@ -15,6 +15,7 @@ from tests.trainer_ext.reference import (
     RecordingCollator,
     adapted_llama,
     assert_same_gradients,
+    count_tokens,
     frozen_copy,
     gradients_by_hand,
     logged,
@@ -244,8 +245,9 @@ def test_gradients_for_other_numbers_of_hypotheses(train, num_hypotheses):
 # --- which rows are run, and how ---
 
 
-def test_only_weighted_rows_have_a_graph(train):
-    run = train(adapted_llama(), objective="wta", gradient_accumulation_steps=2)
+@pytest.mark.parametrize("objective", ["wta", "relaxed, epsilon 0", "random"])
+def test_only_weighted_rows_have_a_graph(train, objective):
+    run = train(adapted_llama(), gradient_accumulation_steps=2, **OBJECTIVES[objective][0])
     scoring, training = run.calls[::2], run.calls[1::2]
     assert all(call["all"] and not call["graph"] and not call["dropout"] for call in scoring)
     assert all(call["graph"] and not call["all"] for call in training)
@@ -266,6 +268,22 @@ def test_rows_with_a_weight_of_zero_are_left_out(train):
 def test_all_rows_are_run_once_when_all_carry_weight(train, objective):
     run = train(adapted_llama(), **OBJECTIVES[objective][0])
     assert [(call["all"], call["graph"]) for call in run.calls] == [(True, True)] * 3
+
+
+@pytest.mark.parametrize("num_hypotheses", [2, 3])
+def test_selected_rows_and_all_rows_give_the_same_for_every_token(train, num_hypotheses):
+    options, _ = OBJECTIVES["annealed, cold"]
+    run = train(adapted_llama(num_hypotheses), num_train_epochs=2, **options)
+    trainer, batch = run.trainer, run.batches[0]
+    outputs = []
+    for trains_all_rows in (True, False):
+        trainer._trains_all_rows = lambda answer=trains_all_rows: answer
+        outputs.append(trainer._compete(trainer.model.train(), batch))
+    count = sum(count_tokens(labels) for _, labels in sequences_of(batch))
+    assert outputs[0].log_probs.shape == outputs[0].label_mask.shape == (count,)
+    assert outputs[0].label_mask.all()
+    for name in ("log_probs", "entropy", "is_top1", "label_mask"):
+        torch.testing.assert_close(getattr(outputs[1], name), getattr(outputs[0], name), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("source", ["lora_dropout", "attention_dropout", "neftune"])

@@ -48,7 +48,7 @@ from tests.trainer_ext.reference import (
     weights_by_hand,
     word_tokenizer,
 )
-from trainer_ext import MCLConfig, MCLTrainer
+from trainer_ext import MCLConfig, MCLTrainer, checks
 from trainer_ext.metrics import competition_metrics
 
 
@@ -331,6 +331,32 @@ def test_training_metrics_are_exact_over_everything_since_the_last_log(tmp_path,
         assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
+def test_entropy_and_accuracy_are_those_of_the_winners(tmp_path):
+    model = adapted_llama()
+    reference = frozen_copy(model)
+    collator = RecordingCollator()
+    options = {"learning_rate": 0.0, "max_steps": 1, "per_device_train_batch_size": 10, "objective": "wta"}
+    # Learning what the second hypothesis would say makes its accuracy differ from that of the others.
+    prompts = torch.tensor([[10 + row, 20 + row] for row in range(10)])
+    ids = model.generate(input_ids=prompts, hypotheses=1, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    data = tokenized([(row, [-100, -100, *row[2:]]) for row in ids.tolist()])
+    trainer = trainer_for(tmp_path, model=model, data=data, data_collator=collator, **options)
+    trainer.train()
+    batch = collator.batches[0]
+    entropies, correct = [], []
+    for row, (own, labels) in zip(scores_by_hand(reference, batch), sequences_of(batch), strict=True):
+        with torch.no_grad():
+            logits = reference(input_ids=torch.tensor([own]), hypotheses=row.index(max(row))).logits[0]
+        log_probs = torch.log_softmax(logits, dim=-1)
+        for t in range(1, len(own)):
+            if labels[t] != -100:
+                entropies.append(-(log_probs[t - 1].exp() * log_probs[t - 1]).sum().item())
+                correct.append(log_probs[t - 1].argmax().item() == labels[t])
+    assert logged(trainer, "entropy") == pytest.approx([sum(entropies) / len(entropies)], rel=1e-6)
+    assert logged(trainer, "mean_token_accuracy") == pytest.approx([sum(correct) / len(correct)])
+    assert sum(correct) > 0
+
+
 def test_training_metrics_survive_an_evaluation_in_between(tmp_path):
     def run(**options):
         trainer = trainer_for(
@@ -562,6 +588,20 @@ def test_weights_follow_the_scores_of_the_moment(tmp_path, assignments):
         torch.testing.assert_close(weights, torch.tensor(rows), rtol=1e-3, atol=1e-5)
 
 
+def test_random_hypotheses_are_drawn_anew_for_every_batch(tmp_path, assignments):
+    options = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "max_steps": 40}
+    trainer_for(tmp_path, objective="random", **options).train()
+    draws = torch.stack([weights.argmax(dim=1) for _, weights, _ in assignments])
+    assert draws.shape == (80, 5)
+    # No batch, step or place in a batch repeats another or has a favourite.
+    assert len(draws.unique(dim=0)) > 60
+    assert len(draws[::2].unique(dim=0)) > 30
+    for place in range(5):
+        assert torch.bincount(draws[:, place], minlength=3).min() > 10
+    winners = torch.stack([winners for _, _, winners in assignments])
+    assert 0.2 < (draws == winners).float().mean() < 0.5
+
+
 # --- checkpoints ---
 
 RESUME = {"max_steps": 7, "gradient_accumulation_steps": 2, "save_strategy": "steps", "learning_rate": 3e-2}
@@ -604,13 +644,13 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, assignments, opti
 
 
 def test_resuming_skips_a_checkpoint_that_was_not_written_to_its_end(tmp_path):
-    whole = trainer_for(tmp_path, save_steps=5, **RESUME)
+    whole = trainer_for(tmp_path, save_steps=2, **RESUME)
     whole.train()
     shutil.rmtree(tmp_path / "checkpoint-7")
     # As an interrupt leaves them: no state, an empty one, and one cut short.
     for number, state in ((10, None), (11, ""), (12, '{"best_metric": null, "epo')):
         half = tmp_path / f"checkpoint-{number}"
-        shutil.copytree(tmp_path / "checkpoint-5", half)
+        shutil.copytree(tmp_path / "checkpoint-6", half)
         (half / "trainer_state.json").unlink()
         if state is not None:
             (half / "trainer_state.json").write_text(state)
@@ -624,8 +664,16 @@ def test_resuming_skips_a_checkpoint_that_was_not_written_to_its_end(tmp_path):
 
     resumed.add_callback(Start())
     resumed.train(resume_from_checkpoint=True)
-    assert starts == [5, 6]
+    assert starts == [6]
     assert logged(resumed, "loss") == logged(whole, "loss")
+
+
+def test_the_newest_whole_checkpoint_is_that_of_the_last_step(tmp_path):
+    for name, state in (("9", "{}"), ("10", "{}"), ("11", '{"epo'), ("x", "{}"), ("", "{}")):
+        (tmp_path / f"checkpoint-{name}").mkdir()
+        (tmp_path / f"checkpoint-{name}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-12").write_text("a file")
+    assert checks.last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_resume_is_off_by_default_and_with_false(tmp_path):
