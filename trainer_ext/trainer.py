@@ -177,7 +177,7 @@ class MCLTrainer(SFTTrainer):
         weights, winners = self._assign(scores, scored.num_tokens, is_training)
         self._record(scores, scored.num_tokens, winners)
         self._winners = winners
-        if is_training:
+        if is_training and self._annealing_temperature() is not None:
             # One number for all processes: each must make the same calls, as a call may synchronise buffers or weights.
             share = (weights > 0).float().mean()
             self._weighted_share = self.accelerator.gather(share).mean().item()
@@ -268,7 +268,7 @@ class MCLTrainer(SFTTrainer):
 
     @property
     def _num_hypotheses(self) -> int:
-        return self.accelerator.unwrap_model(self.model).num_hypotheses
+        return self.model.num_hypotheses
 
     @property
     def temperature(self) -> float:
