@@ -55,7 +55,7 @@ def generate(tuner: MCLoraModel, *args: Any, hypotheses: Any = None, **kwargs: A
         _refuse_single_row_arguments(arguments, options, len(chosen))
         rows = _repeat_rows(base, arguments, options, inputs, len(chosen))
         args, kwargs = (), arguments
-        route = Route(index=torch.tensor(chosen).repeat(rows))
+        route = Route(decoded=tuple(chosen), num_inputs=rows)
     with tuner.routing.use(route):
         return type(base).generate(base, *args, **kwargs)
 

@@ -1,9 +1,7 @@
 """The adapted layers: `base_layer(x)` plus the low-rank update of the hypothesis that each row belongs to.
 
-The adapters of all hypotheses are stacked in one tensor for each layer, A (K, r, in) and B (K, out, r). Of the ways to
-apply them (a loop over hypotheses, one stacked (K * r) product masked for each row, sorted segments), batched products
-over contiguous blocks, or over A and B gathered for each row, were the fastest on CPU at widths 512 to 2048, forward and
-backward, in float32 and bfloat16.
+The adapters of all hypotheses are stacked in one tensor for each layer, A (K, r, in) and B (K, out, r). How they are applied
+is the matter of `updates.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_mcl.config import MCLoraConfig
 from peft_mcl.routing import Route, Routing
+from peft_mcl.updates import block_update, gathered_update, segmented_update
 
 
 class MCLoraLayer(nn.Module, BaseTunerLayer):
@@ -299,13 +298,45 @@ class MCLoraLinear(MCLoraLayer):
         x = dropout(x)
         if route.hypothesis is not None:
             return F.linear(F.linear(x, a[route.hypothesis]), b[route.hypothesis]) * scaling
-        if route.index is not None:
-            index = route.index.to(a.device)
-            a, b = a[index], b[index]
-        rows = route.grouped(x).flatten(1, -2)
-        # Scaling the r columns in the middle rather than the output: with the usual powers of two it is the same bit by bit.
-        update = torch.bmm(torch.bmm(rows, a.transpose(1, 2)) * scaling, b.transpose(1, 2))
+        x, a, b = (_as_autocast(tensor) for tensor in (x, a, b))
+        if route.runs is not None:
+            update = segmented_update(route.flattened(x), a, b, route.runs, scaling)
+        else:
+            groups = route.grouped(x).flatten(1, -2)
+            if route.decoded is not None:
+                update = _update_decoded(groups, a, b, route, scaling)
+            elif route.index is None:
+                update = block_update(groups, a, b, scaling)
+            else:
+                update = gathered_update(groups, a, b, route.index.to(a.device), scaling)
         return update.view(*x.shape[:-1], self.out_features)
+
+
+def _update_decoded(
+    groups: torch.Tensor, a: torch.Tensor, b: torch.Tensor, route: Route, scaling: float
+) -> torch.Tensor:
+    """Input-major groups (inputs * hypotheses, tokens, in) as blocks of one hypothesis, and back.
+
+    In a step of decoding the rows are few: moving them costs less than a copy of A and B for each.
+    """
+    decoded, inputs = route.decoded, route.num_inputs
+    assert decoded is not None
+    if decoded != tuple(range(len(a))):
+        a, b = a[list(decoded)], b[list(decoded)]
+    if inputs == 1:
+        return block_update(groups, a, b, scaling)
+    tokens = groups.shape[1]
+    blocks = groups.view(inputs, len(decoded), tokens, -1).transpose(0, 1).reshape(len(decoded), inputs * tokens, -1)
+    update = block_update(blocks, a, b, scaling).view(len(decoded), inputs, tokens, -1)
+    return update.transpose(0, 1).reshape(*groups.shape[:2], -1)
+
+
+def _as_autocast(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in the dtype that autocast gives to matrix products, which it does not reach inside autograd functions."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 class MCLoraEmbedding(MCLoraLayer):
@@ -333,20 +364,30 @@ class MCLoraEmbedding(MCLoraLayer):
             looked_up = F.embedding(x, a[route.hypothesis].T, padding_idx=padding_idx)
             update = looked_up @ b[route.hypothesis].T
         else:
-            hypotheses = torch.arange(len(a)) if route.index is None else route.index
-            hypotheses = hypotheses.to(x.device)
-            rows = route.grouped(x).flatten(1)
+            rows, hypotheses = self._rows(x, route)
             # One table of K * vocabulary rows; the ids of hypothesis k start at k * vocabulary.
             table = a.transpose(1, 2).reshape(-1, a.shape[1])
             looked_up = F.embedding(rows + (hypotheses * a.shape[2]).unsqueeze(1), table)
             if padding_idx is not None:
                 # nn.Embedding gives no gradient to the padding row.
                 looked_up = torch.where((rows == padding_idx).unsqueeze(-1), looked_up.detach(), looked_up)
-            update = torch.bmm(looked_up, b[hypotheses].transpose(1, 2)).view(*x.shape, self.out_features)
+            if route.runs is None:
+                update = torch.bmm(looked_up, b[hypotheses].transpose(1, 2))
+            else:
+                update = torch.cat([looked_up[start:stop, 0] @ b[k].T for k, start, stop in route.runs])
+            update = update.view(*x.shape, self.out_features)
         update = update * self.scaling[adapter_name]
         # Some embeddings scale their output (Gemma 3).
         scale = self._get_embed_scale()
         return update if scale is None else update * scale.to(update.dtype)
+
+    @staticmethod
+    def _rows(x: torch.Tensor, route: Route) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ids as groups (G, ids) of one hypothesis each, and these hypotheses (G,). A packed id is its own group."""
+        if route.runs is not None:
+            hypotheses = torch.tensor([k for k, start, stop in route.runs for _ in range(start, stop)])
+            return route.flattened(x.unsqueeze(-1)), hypotheses.to(x.device)
+        return route.grouped(x).flatten(1), route.group_hypotheses().to(x.device)
 
 
 def adapt(

@@ -17,6 +17,7 @@ from peft_mcl import generation, routing
 from peft_mcl.config import MCLoraConfig
 from peft_mcl.layer import MCLoraLayer, adapt
 from peft_mcl.routing import Route, Routing, check_hypothesis
+from peft_mcl.sharing import RunOnce, modules_before_adapters
 
 
 class MCLoraModel(BaseTuner):
@@ -92,6 +93,7 @@ class MCLoraModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT."""
         super().delete_adapter(adapter_name)
+        self._share_frozen_modules(self.model)
         self._keep_active_hypothesis_valid()
 
     def _keep_active_hypothesis_valid(self) -> None:
@@ -145,7 +147,8 @@ class MCLoraModel(BaseTuner):
             names = routing.name_inputs(type(model).forward, (model, *args))[1:]
             inputs = {**dict(zip(names, args, strict=True)), **kwargs}
             batch_size = routing.find_batch_size(inputs)
-            route = routing.parse_hypotheses(hypotheses, self.num_hypotheses, batch_size)
+            packed_ends = inputs.get("cu_seq_lens_q") if batch_size == 1 else None
+            route = routing.parse_hypotheses(hypotheses, self.num_hypotheses, batch_size, packed_ends)
             if route.blocks is not None and batch_size is not None:
                 inputs = routing.expand_inputs(inputs, route.blocks, batch_size)
                 args = tuple(inputs.pop(name) for name in names)
@@ -180,8 +183,15 @@ class MCLoraModel(BaseTuner):
         if hasattr(model, "generate"):
             model.__dict__["generate"] = self.generate
 
+    def _share_frozen_modules(self, model: nn.Module) -> None:
+        # The adapted layers have changed, so those before them may have, too.
+        for hook in getattr(self, "_sharing", []):
+            hook.remove()
+        modules = modules_before_adapters(model, lambda module: isinstance(module, MCLoraLayer))
+        self._sharing = [RunOnce(module, self.routing) for module in modules]
+
     def _detach(self, model: nn.Module) -> None:
-        for hook in getattr(self, "_hooks", []):
+        for hook in (*getattr(self, "_hooks", []), *getattr(self, "_sharing", [])):
             hook.remove()
         model.__dict__.pop("generate", None)
         routing.restore_checkpoints(model)
@@ -191,6 +201,7 @@ class MCLoraModel(BaseTuner):
         was_adapted = any(isinstance(module, MCLoraLayer) for module in model.modules())
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._share_frozen_modules(model)
         except Exception:
             if not was_adapted:
                 self._unload_and_optionally_merge(merge=False)

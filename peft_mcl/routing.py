@@ -22,43 +22,82 @@ from torch import nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
+from peft_mcl.updates import Run
+
 
 ALLOWED = (
-    "an int (one hypothesis for all rows), a 1-D integer tensor with one hypothesis for each row, "
-    "or 'all' (every hypothesis for every row)"
+    "an int (one hypothesis for all rows), a 1-D integer tensor with one hypothesis for each row (of a packed row: for each "
+    "of its sequences), or 'all' (every hypothesis for every row)"
 )
 
 
 @dataclass(frozen=True)
 class Route:
-    """The hypothesis of each row. Exactly one of the fields is set.
+    """The hypothesis of each row. Exactly one of `hypothesis`, `blocks`, `index`, `decoded` and `runs` is set.
 
     Attributes:
         hypothesis (`int`): Every row belongs to this hypothesis.
         blocks (`int`): The rows are this many equal contiguous blocks; block k belongs to hypothesis k.
+        decoded (`tuple[int, ...]`), num_inputs (`int`): The rows of `generate`: for each of `num_inputs` inputs one equal
+            group of rows for each of these hypotheses.
         index (`torch.Tensor`): int64 of shape (rows,). Row i belongs to hypothesis `index[i]`. A layer that sees m times as
             many rows (beams, or tokens flattened into rows) takes each entry for m consecutive rows.
+        runs (`tuple`): One packed row: `(hypothesis, start, stop)` for each run of tokens of one hypothesis, in order.
     """
 
     hypothesis: int | None = None
     blocks: int | None = None
     index: torch.Tensor | None = None
+    decoded: tuple[int, ...] | None = None
+    num_inputs: int = 1
+    runs: tuple[Run, ...] | None = None
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of rows, contiguous and of one size, that belong to one hypothesis each. Not for single and packed routes."""
+        if self.decoded is not None:
+            return self.num_inputs * len(self.decoded)
+        if self.index is not None:
+            return len(self.index)
+        assert self.blocks is not None
+        return self.blocks
+
+    def group_hypotheses(self) -> torch.Tensor:
+        """int64 of shape (num_groups,), the hypothesis of each group."""
+        if self.decoded is not None:
+            return torch.tensor(self.decoded).repeat(self.num_inputs)
+        return torch.arange(self.num_groups) if self.index is None else self.index
 
     def grouped(self, x: torch.Tensor) -> torch.Tensor:
-        """View `x` (rows, ...) as (groups, rows of a group, ...), each group of one hypothesis. Not for single routes.
+        """View `x` (rows, ...) as (groups, rows of a group, ...), each group of one hypothesis.
 
         Raises:
             ValueError: The rows of `x` cannot be divided into the groups of this route.
         """
-        groups = self.blocks if self.index is None else len(self.index)
-        rows = x.shape[0]
-        if groups is None or rows % groups != 0:
+        groups, rows = self.num_groups, x.shape[0]
+        if rows % groups != 0:
             raise ValueError(
                 f"an adapted layer got an input of {rows} rows, shape {tuple(x.shape)}, in a call for {groups} rows or "
                 "blocks: it does not keep the batch in dimension 0, so it can serve only one hypothesis at a time. Pass "
                 "`hypotheses` as an int, or leave the layer out with `exclude_modules`."
             )
         return x.reshape(groups, rows // groups, *x.shape[1:])
+
+    def flattened(self, x: torch.Tensor) -> torch.Tensor:
+        """View `x` (..., width) as (tokens, width). For packed rows.
+
+        Raises:
+            ValueError: `x` does not have the tokens of the packed row.
+        """
+        assert self.runs is not None
+        flat = x.reshape(-1, x.shape[-1])
+        if len(flat) != self.runs[-1][2]:
+            raise ValueError(
+                f"an adapted layer got an input of shape {tuple(x.shape)} in a call with a packed row of {self.runs[-1][2]} "
+                "tokens: it does not see the tokens of that row, so it can serve only one hypothesis at a time. Pass "
+                "`hypotheses` as an int, or leave the layer out with `exclude_modules`."
+            )
+        return flat
 
 
 class _ThreadStack(threading.local):
@@ -149,13 +188,17 @@ def as_int(value: Any) -> int | None:
         return None
 
 
-def parse_hypotheses(hypotheses: Any, num_hypotheses: int, batch_size: int | None) -> Route:
+def parse_hypotheses(
+    hypotheses: Any, num_hypotheses: int, batch_size: int | None, packed_ends: torch.Tensor | None = None
+) -> Route:
     """Turn the `hypotheses` argument of a forward call into a route.
 
     Args:
         hypotheses: An int, a 1-D integer tensor of shape (batch_size,), or `"all"`.
         num_hypotheses (`int`): K.
         batch_size (`int`, *optional*): The rows of the call; None if they cannot be told from the inputs.
+        packed_ends (`torch.Tensor`, *optional*): If the batch is one packed row, the S + 1 bounds of its sequences
+            (`cu_seq_lens_q`). A tensor of hypotheses then has the shape (S,).
 
     Raises:
         ValueError: Wrong type, dtype, length or range; the message says what is allowed.
@@ -165,20 +208,34 @@ def parse_hypotheses(hypotheses: Any, num_hypotheses: int, batch_size: int | Non
             raise ValueError(f"`hypotheses` must be {ALLOWED}, got {hypotheses!r}.")
         return Route(hypothesis=0) if num_hypotheses == 1 else Route(blocks=num_hypotheses)
     if isinstance(hypotheses, torch.Tensor):
+        if packed_ends is not None:
+            index = _check_index(hypotheses, num_hypotheses, len(packed_ends) - 1, "sequences of the packed row")
+            return Route(runs=_merge_runs(index.tolist(), packed_ends.tolist()))
         return Route(index=_check_index(hypotheses, num_hypotheses, batch_size))
     if as_int(hypotheses) is None:
         raise ValueError(f"`hypotheses` must be {ALLOWED}, got {hypotheses!r} of type {type(hypotheses).__name__}.")
     return Route(hypothesis=check_hypothesis(hypotheses, num_hypotheses, "hypotheses"))
 
 
-def _check_index(index: torch.Tensor, num_hypotheses: int, batch_size: int | None) -> torch.Tensor:
+def _merge_runs(hypotheses: list[int], bounds: list[int]) -> tuple[Run, ...]:
+    runs: list[Run] = []
+    for hypothesis, start, stop in zip(hypotheses, bounds[:-1], bounds[1:], strict=True):
+        if runs and runs[-1][0] == hypothesis:
+            start = runs.pop()[1]
+        runs.append((hypothesis, start, stop))
+    return tuple(runs)
+
+
+def _check_index(
+    index: torch.Tensor, num_hypotheses: int, batch_size: int | None, what: str = "rows of the batch"
+) -> torch.Tensor:
     if index.dim() != 1 or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise ValueError(
             f"`hypotheses` must be {ALLOWED}, got a tensor of shape {tuple(index.shape)} and dtype {index.dtype}."
         )
     if batch_size is not None and len(index) != batch_size:
         raise ValueError(
-            f"`hypotheses` must have one entry for each of the {batch_size} rows of the batch, got {len(index)} entries."
+            f"`hypotheses` must have one entry for each of the {batch_size} {what}, got {len(index)} entries."
         )
     # A compiled graph cannot branch on values; there an index out of range is caught by the gather itself.
     if (
@@ -200,7 +257,8 @@ def _check_index(index: torch.Tensor, num_hypotheses: int, batch_size: int | Non
 NOT_BATCHED = frozenset({"cache_position", "logits_to_keep", "num_items_in_batch"})
 # Inputs that may have a single row for a larger batch, which then applies to all rows.
 BROADCAST = frozenset({"attention_mask", "position_ids", "decoder_attention_mask", "decoder_position_ids"})
-PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
+# Where the sequences of a packed row begin and end, over all rows flattened into one.
+PACKED_BOUNDS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k"})
 MAIN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "input_features", "labels")
 
 
@@ -229,14 +287,8 @@ def expand_inputs(inputs: dict[str, Any], copies: int, batch_size: int) -> dict[
     right. A key-value cache of `batch_size` rows is copied and expanded; one that already has all rows is used as it is.
 
     Raises:
-        ValueError: The batch is packed into one row (`cu_seq_lens_q` and the like), or the cache has another size.
+        ValueError: The cache has another size.
     """
-    packed = sorted(name for name in PACKED if inputs.get(name) is not None)
-    if packed:
-        raise ValueError(
-            f"`hypotheses='all'` cannot expand a packed batch: {', '.join(packed)} describe positions in one long row. "
-            "Pass padded rows, or one hypothesis at a time as an int."
-        )
     return {name: _expand(name, value, copies, batch_size) for name, value in inputs.items()}
 
 
@@ -244,6 +296,9 @@ def _expand(name: str, value: Any, copies: int, batch_size: int) -> Any:
     if isinstance(value, torch.Tensor):
         if value.dim() == 0 or name in NOT_BATCHED:
             return value
+        if name in PACKED_BOUNDS:
+            # Each copy is another row, and its sequences begin where those of the last one end.
+            return torch.cat([value[:1], *(value[1:] + copy * value[-1] for copy in range(copies))])
         # (3, batch, length): the position ids of multimodal rotary embeddings.
         batch_dim = 1 if name.endswith("position_ids") and value.dim() == 3 else 0
         if name in BROADCAST and value.shape[batch_dim] != batch_size:

@@ -133,6 +133,18 @@ def check_parallelism(accelerator: Any) -> None:
             )
 
 
+def check_packed_evaluation(args: Any, padding_free: bool, num_processes: int) -> None:
+    """Raise a ValueError if sequences that are evaluated twice, to fill up the last batch, could not be told from others."""
+    packs = args.packing if args.eval_packing is None else args.eval_packing
+    if num_processes == 1 or not (packs or (padding_free and args.pad_to_multiple_of)):
+        return
+    name, fix = ("eval_packing", "False") if packs else ("pad_to_multiple_of", "None")
+    raise ValueError(
+        f"Evaluation on {num_processes} processes needs batches whose sequences can be counted, but `{name}` is "
+        f"{getattr(args, name) or args.packing!r}. Set it to {fix}."
+    )
+
+
 def last_whole_checkpoint(output_dir: Path) -> Path:
     """The newest checkpoint in `output_dir` that was written to its end.
 

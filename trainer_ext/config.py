@@ -31,6 +31,19 @@ class MCLConfig(SFTConfig):
             (0, 1]; the decay is derived. 0.5 unless `temperature_decay` is given. Give one of the two.
         loss_normalization (`str`): `"token"`: the mean over the supervised tokens of the global batch, as SFTTrainer does;
             `"sequence"`: the mean over sequences of their means over tokens.
+        scoring_batch_size (`int`, *optional*): The most rows (sequence times hypothesis; a packed row is one) of a forward
+            pass that scores without a graph. By default as many as have 2,048 positions, and at least the batch size. Fewer
+            rows need less memory; the scores do not depend on it.
+        sample_losers (`bool`): Where several hypotheses of a sequence carry weight (`"relaxed"`, `"annealed"` while it is
+            warm), train the one with the largest and one of the others, drawn and weighted so that the mean gradient is
+            that of all (see `objectives.sample_losers`).
+        min_weight (`float`): Do not train hypotheses with a weight below this for a sequence, in [0, 1]. The error of the
+            gradient is below (K - 1) times this times the largest gradient of a hypothesis
+            (see `objectives.drop_small_weights`).
+        score_every (`int`): In training over several epochs, score a sequence at its first visit and then at every
+            `score_every`-th; in between the remembered winner is trained. Only while the weights follow from the winners
+            alone (`"wta"`, `"relaxed"`, the end of `"annealed"`).
+        score_prefix (`int`, *optional*): Score on at most this many supervised tokens of each sequence, in training.
         no_win_warning_steps (`int`): Warn about a hypothesis that has won no sequence for this many optimizer steps; 0 for
             never.
 
@@ -71,6 +84,22 @@ class MCLConfig(SFTConfig):
             "help": "'token' (as SFTTrainer) or 'sequence' (mean of the means of sequences).",
             "choices": list(NORMALIZATIONS),
         },
+    )
+    scoring_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Most rows of a scoring pass (default: 2,048 positions, at least the batch size)."},
+    )
+    sample_losers: bool = field(
+        default=False, metadata={"help": "Train one sampled loser of each sequence in place of all that carry weight."}
+    )
+    min_weight: float = field(
+        default=0.0, metadata={"help": "Do not train a hypothesis with a weight below this, in [0, 1]."}
+    )
+    score_every: int = field(
+        default=1, metadata={"help": "Score a sequence at every n-th visit; its winner is remembered in between."}
+    )
+    score_prefix: int | None = field(
+        default=None, metadata={"help": "Score on at most this many supervised tokens of each sequence."}
     )
     no_win_warning_steps: int = field(
         default=100, metadata={"help": "Warn about a hypothesis without a win for this many steps; 0 for never."}
@@ -117,11 +146,19 @@ class MCLConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and not 0.0 < value <= 1.0:
                 raise ValueError(f"`{name}` must be in (0, 1], got {value!r}.")
+        if not isinstance(self.min_weight, Real) or not 0.0 <= self.min_weight <= 1.0:
+            raise ValueError(f"`min_weight` must be in [0, 1], got {self.min_weight!r}.")
+        for name in ("scoring_batch_size", "score_every", "score_prefix"):
+            value = getattr(self, name)
+            if value is None and name != "score_every":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
         if self.no_win_warning_steps < 0:
             raise ValueError(f"`no_win_warning_steps` must be 0 (never) or more, got {self.no_win_warning_steps!r}.")
 
     def _refuse_meaningless_options(self) -> None:
-        one_row = "one row would hold many sequences, but each sequence has its own winner. Set it to False"
+        wrapped = (self.packing or bool(self.eval_packing)) and self.packing_strategy == "wrapped"
         refuse = {
             # "chunked_nll" is TRL's old name for "nll".
             "loss_type": (
@@ -134,9 +171,11 @@ class MCLConfig(SFTConfig):
                 "the smoothed loss is not a likelihood, so it cannot tell which hypothesis explains a sequence best. Leave "
                 "it at 0",
             ),
-            "packing": (self.packing, one_row),
-            "eval_packing": (bool(self.eval_packing), one_row),
-            "padding_free": (self.padding_free, one_row),
+            "packing_strategy": (
+                wrapped,
+                "wrapped rows do not tell where one sequence ends and the next begins, but each sequence has its own "
+                "winner. Set it to 'bfd'",
+            ),
         }
         for name, (is_set, reason) in refuse.items():
             if is_set:

@@ -102,10 +102,8 @@ def assignment_weights(
     """
     num_sequences, num_hypotheses = scores.shape
     winners = pick_winners(scores, generator)
-    if objective == "wta" or (objective == "annealed" and temperature is None):
-        weights = wta_weights(winners, num_hypotheses)
-    elif objective == "relaxed":
-        weights = relaxed_weights(winners, num_hypotheses, epsilon)
+    if needs_winners_only(objective, temperature):
+        weights = winner_weights(objective, winners, num_hypotheses, epsilon)
     elif objective == "annealed":
         assert temperature is not None
         weights = annealed_weights(scores, num_tokens, temperature)
@@ -114,6 +112,68 @@ def assignment_weights(
     else:
         raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {objective!r}.")
     return weights, winners
+
+
+def needs_winners_only(objective: str, temperature: float | None) -> bool:
+    """Whether the weights follow from the winners alone: not from the other scores, nor from draws."""
+    return objective in ("wta", "relaxed") or (objective == "annealed" and temperature is None)
+
+
+def winner_weights(objective: str, winners: torch.Tensor, num_hypotheses: int, epsilon: float) -> torch.Tensor:
+    """The weights of an objective for which `needs_winners_only` is true: float32 of shape (B, K)."""
+    if objective == "relaxed":
+        return relaxed_weights(winners, num_hypotheses, epsilon)
+    return wta_weights(winners, num_hypotheses)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Fewer rows with a weight
+
+
+def drop_small_weights(weights: torch.Tensor, min_weight: float) -> torch.Tensor:
+    """Set weights below `min_weight` to zero, other than the largest of each sequence. The others stay as they are.
+
+    The gradient of a sequence is g = sum_k q_k g_k, with g_k the gradient of -s_k; of the K weights at most K - 1 are
+    dropped, each below `min_weight`. So what is left out is at most
+
+        | sum_dropped q_k g_k |  <=  (sum_dropped q_k) max_k |g_k|  <  (K - 1) * min_weight * max_k |g_k|
+
+    in any norm, and the same holds for the loss with |s_k| in place of |g_k|, and for their means over a batch. The kept
+    weights are not scaled up to sum to 1: that would add an error of the same size, for the bound
+    2 (K - 1) * min_weight * max_k |g_k|.
+
+    Args:
+        weights (`torch.Tensor`): Shape (B, K).
+        min_weight (`float`): In [0, 1]; 0 drops nothing.
+    """
+    keep = (weights >= min_weight) | (weights == weights.max(dim=1, keepdim=True).values)
+    return torch.where(keep, weights, 0.0)
+
+
+def sample_losers(weights: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Keep the largest weight q_w of each sequence, and one of the others, drawn by weight, in place of all of them.
+
+    A loser j is drawn with probability q_j / (1 - q_w) and then carries the weight 1 - q_w, so its mean over the draws is
+    q_j: the mean of the gradient is that of all rows. At most 2 rows for each sequence are left to train.
+
+    Args:
+        weights (`torch.Tensor`): Shape (B, K), rows summing to 1.
+        generator (`torch.Generator`, *optional*): A CPU generator for the draws.
+    """
+    winner = wta_weights(weights.argmax(dim=1), weights.shape[1]).bool()
+    losers = torch.where(winner, 0.0, weights)
+    rest = losers.sum(dim=1)
+    # A place on the line of cumulated weights, whose steps are the probabilities; one draw for each sequence, always.
+    place = torch.rand(len(weights), generator=generator).to(weights.device) * rest
+    drawn = torch.searchsorted(losers.cumsum(dim=1), place.unsqueeze(1), right=True).clamp(max=weights.shape[1] - 1)
+    # Rounding at the end of the line must not draw a hypothesis without weight.
+    drawn = torch.where(losers.gather(1, drawn) > 0, drawn, losers.argmax(dim=1, keepdim=True)).squeeze(1)
+    sampled = wta_weights(drawn, weights.shape[1]) * rest.unsqueeze(1)
+    return torch.where(winner, weights, sampled)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Temperature
 
 
 def temperature_at(step: int, initial: float, final: float, decay: float) -> float:

@@ -8,7 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from trainer_ext.batches import SequenceBatch, plan_slices
+
+
+# Positions whose logits exist at one time while scoring. Of 32 to 512, this was the fastest on CPU for 32,000 and 49,152
+# words in float32 and bfloat16: large enough for the product, small enough to stay near the caches.
+POSITIONS_OF_LOGITS = 128
+# Without a budget of the user's, a scoring call has this many positions, or the rows of the training batch if they have
+# more: calls of fewer leave a 135M model on two cores waiting for its weights, calls of more for memory.
+POSITIONS_OF_A_CALL = 2048
+# What a call costs besides its positions, in positions, on the same model.
+OVERHEAD_OF_A_CALL = 200
 
 
 @dataclass
@@ -33,9 +48,11 @@ class TokenScores:
 
     def per_sequence(self) -> torch.Tensor:
         """s_k of each sequence: detached float32 of shape (C, B), nats."""
-        log_probs = self.log_probs.detach().float()
-        scores = log_probs.new_zeros(len(log_probs), len(self.num_tokens))
-        return scores.index_add(1, self.sequence, log_probs)
+        return _sum_by_sequence(self.log_probs.detach().float(), self.sequence, len(self.num_tokens))
+
+
+def _sum_by_sequence(log_probs: torch.Tensor, sequence: torch.Tensor, num_sequences: int) -> torch.Tensor:
+    return log_probs.new_zeros(len(log_probs), num_sequences).index_add(1, sequence, log_probs)
 
 
 class SupervisedPositions:
@@ -43,61 +60,223 @@ class SupervisedPositions:
 
     TRL's fused head projects all positions of a batch except on devices with Triton. With a vocabulary of 49,152 and prompts
     of half the length, the rest of them is a quarter of a scoring pass. A forward hook on the backbone hands the head the
-    wanted hidden states only; outside of `selected` it does nothing.
+    wanted hidden states only; outside of `selected` and `scored` it does nothing.
 
     Args:
         base_model (`transformers.PreTrainedModel`): The causal language model with TRL's fused head.
     """
 
     def __init__(self, base_model: Any) -> None:
-        self._where: tuple[torch.Tensor, torch.Tensor, int] | None = None
+        self.base_model = base_model
+        self._batch: SequenceBatch | None = None
+        self._scores: list[torch.Tensor] | None = None
         base_model.base_model.register_forward_hook(self._select)
 
     @contextmanager
-    def selected(self, sequence: torch.Tensor, column: torch.Tensor, batch_size: int) -> Iterator[None]:
+    def selected(self, batch: SequenceBatch) -> Iterator[None]:
         """Inside, the backbone returns hidden states of shape (C, N, width) for C copies of a batch."""
-        self._where = (sequence, column, batch_size)
+        self._batch = batch
         try:
             yield
         finally:
-            self._where = None
+            self._batch = None
+
+    @contextmanager
+    def scored(self, batch: SequenceBatch) -> Iterator[list[torch.Tensor]]:
+        """Inside, the backbone returns no positions; their log-probabilities (C, N) are put into the list that is given.
+
+        TRL's head computes entropies and the most likely words as well. A scoring pass needs neither, and half of its head's
+        time on a CPU goes into them and into temporary copies of the logits.
+        """
+        self._batch, self._scores = batch, []
+        try:
+            yield self._scores
+        finally:
+            self._batch = self._scores = None
 
     def _select(self, backbone: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._where is None:
+        if self._batch is None:
             return None
-        sequence, column, batch_size = self._where
-        hidden = output.last_hidden_state
-        copies = hidden.view(len(hidden) // batch_size, batch_size, *hidden.shape[1:])
-        output.last_hidden_state = copies[:, sequence.to(hidden.device), column.to(hidden.device)]
+        batch, hidden = self._batch, output.last_hidden_state
+        rows = len(batch.labels)
+        copies = hidden.view(len(hidden) // rows, rows, *hidden.shape[1:])
+        copies = copies[:, batch.row.to(hidden.device), batch.column.to(hidden.device)]
+        if self._scores is not None:
+            self._scores.append(self._log_probs(copies, batch.targets))
+            copies = copies[:, :0]
+        output.last_hidden_state = copies
         return output
+
+    def _log_probs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """log p of the targets (N,) for hidden states (C, N, width): float32 of shape (C, N)."""
+        head = self.base_model.get_output_embeddings()
+        weight, bias = (
+            tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in (head.weight, head.bias)
+        )
+        scale, cap = logit_transform(self.base_model.config)
+        flat = hidden.flatten(0, 1).to(weight.device)
+        labels = targets.to(weight.device).repeat(len(hidden))
+        parts = [flat.new_zeros(0, dtype=torch.float32)]
+        with maybe_gather_lm_head_ctx(weight, bias):
+            weight = weight.to(flat.dtype)
+            bias = None if bias is None else bias.to(flat.dtype)
+            for start in range(0, len(flat), POSITIONS_OF_LOGITS):
+                stop = start + POSITIONS_OF_LOGITS
+                logits = F.linear(flat[start:stop], weight, bias).float()
+                if scale != 1.0:
+                    logits *= scale
+                if cap is not None:
+                    logits = torch.tanh(logits / cap) * cap
+                parts.append(-F.cross_entropy(logits, labels[start:stop], reduction="none"))
+        return torch.cat(parts).view(hidden.shape[:2])
+
+
+def logit_transform(config: Any) -> tuple[float, float | None]:
+    """What a model does to its logits: a factor, and the cap of a tanh (None for none). The rules are those of TRL's head."""
+    text = config.get_text_config()
+    factors = (getattr(text, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
+    factor = next((value for value in factors if value is not None), None)
+    divisor = getattr(text, "logits_scaling", None)
+    if factor is None and divisor is not None:
+        factor = divisor if text.model_type == "hyperclovax" else 1 / divisor
+    return 1.0 if factor is None else factor, getattr(text, "final_logit_softcapping", None) or None
 
 
 def score_tokens(
-    model: nn.Module, positions: SupervisedPositions, inputs: dict[str, Any], hypotheses: Any
+    model: nn.Module, positions: SupervisedPositions, batch: SequenceBatch, hypotheses: Any
 ) -> TokenScores:
-    """Run a batch and score its supervised tokens, without ever making the logits of the whole batch.
+    """Run a batch by TRL's fused head, without ever making the logits of the whole batch.
 
     Args:
         model (`nn.Module`): The (wrapped) MCLORA model with TRL's fused head.
         positions ([`SupervisedPositions`]): Of that model.
-        inputs (`dict`): Model inputs with `labels` of shape (B, T), -100 where not supervised.
+        batch ([`SequenceBatch`]): B sequences.
         hypotheses: The argument of the forward call: an int or a tensor of shape (B,) for C = 1, `"all"` for C = K.
     """
-    inputs = dict(inputs)
-    # Position t predicts token t + 1.
-    labels = inputs.pop("labels")[:, 1:]
-    is_supervised = labels != -100
-    sequence, column = is_supervised.nonzero(as_tuple=True)
-    with positions.selected(sequence, column, len(labels)):
+    inputs = {name: value for name, value in batch.inputs.items() if name != "labels"}
+    with positions.selected(batch):
         # `shift_labels` are scored as they are; one row of N labels, which the model repeats for each hypothesis.
-        outputs = model(
-            **inputs, shift_labels=labels[is_supervised].unsqueeze(0), hypotheses=hypotheses, fused_lm_head=True
-        )
+        outputs = model(**inputs, shift_labels=batch.targets.unsqueeze(0), hypotheses=hypotheses, fused_lm_head=True)
     return TokenScores(
         log_probs=outputs.log_probs,
         entropy=outputs.entropy,
         is_top1=outputs.is_top1,
-        sequence=sequence,
-        num_tokens=is_supervised.sum(dim=1),
+        sequence=batch.sequence,
+        num_tokens=batch.num_tokens,
         aux_loss=outputs.aux_loss,
     )
+
+
+def join_rows(runs: list[TokenScores]) -> TokenScores:
+    """The rows of several runs with C = 1 as those of one."""
+    counts = [len(run.num_tokens) for run in runs]
+    return TokenScores(
+        log_probs=torch.cat([run.log_probs for run in runs], dim=1),
+        entropy=torch.cat([run.entropy for run in runs], dim=1),
+        is_top1=torch.cat([run.is_top1 for run in runs], dim=1),
+        sequence=torch.cat([run.sequence + sum(counts[:place]) for place, run in enumerate(runs)]),
+        num_tokens=torch.cat([run.num_tokens for run in runs]),
+        aux_loss=runs[0].aux_loss if len(runs) == 1 else None,
+    )
+
+
+def plan_rows(batch: SequenceBatch, sequences: list[int], hypotheses: list[int], in_parts: bool) -> list[list[int]]:
+    """Group rows that are to be trained into calls that are no larger than one of plain LoRA on the batch.
+
+    Args:
+        batch ([`SequenceBatch`]): B sequences.
+        sequences, hypotheses (`list[int]`): Of each of R rows.
+        in_parts (`bool`): False for one call.
+
+    Returns:
+        `list[list[int]]`: Indices in [0, R - 1] of the rows of each call. Padded rows of like length are together, packed ones
+        of one hypothesis.
+    """
+    if not batch.is_packed:
+        if not in_parts:
+            return [list(range(len(sequences)))]
+        return plan_slices([batch.needed_tokens[index] for index in sequences], 1, len(batch), OVERHEAD_OF_A_CALL)
+    parts: list[list[int]] = [[]]
+    tokens = 0
+    for row in sorted(range(len(sequences)), key=lambda row: hypotheses[row]):
+        tokens += batch.needed_tokens[sequences[row]] + 1
+        if in_parts and parts[-1] and tokens > batch.labels.shape[1]:
+            parts.append([])
+            tokens = batch.needed_tokens[sequences[row]] + 1
+        parts[-1].append(row)
+    return parts
+
+
+@dataclass(frozen=True)
+class ScoringCall:
+    """One forward pass of the scoring of a batch.
+
+    Attributes:
+        sequences (`list[int]`, *optional*): The sequences that take part; None for the batch as it is.
+        hypotheses (`int` or `str`): One hypothesis, or `"all"`.
+    """
+
+    sequences: list[int] | None
+    hypotheses: int | str
+
+
+def plan_scoring(batch: SequenceBatch, num_hypotheses: int, max_rows: int | None = None) -> list[ScoringCall]:
+    """The calls that score every sequence of a batch under every hypothesis.
+
+    Args:
+        batch ([`SequenceBatch`]): B sequences.
+        num_hypotheses (`int`): K.
+        max_rows (`int`, *optional*): The most rows of a call (a packed row is one row). By default as many as have 2,048
+            positions, and at least as many as the batch.
+    """
+    rows, width = batch.labels.shape
+    budget = max(rows, POSITIONS_OF_A_CALL // width) if max_rows is None else max_rows
+    together = budget >= num_hypotheses * (1 if batch.can_select and not batch.is_packed else rows)
+    if batch.is_packed or not batch.can_select:
+        groups: list[list[int] | None] = [None]
+    else:
+        copies = num_hypotheses if together else 1
+        overhead = OVERHEAD_OF_A_CALL * (1 if together else num_hypotheses)
+        groups = [*plan_slices(batch.needed_tokens, copies, budget, overhead)]
+        if len(groups) == 1:
+            groups = [None]
+    hypotheses: list[int | str] = ["all"] if together else [*range(num_hypotheses)]
+    return [ScoringCall(group, hypothesis) for group in groups for hypothesis in hypotheses]
+
+
+@torch.no_grad()
+def score_sequences(
+    model: nn.Module,
+    positions: SupervisedPositions,
+    batch: SequenceBatch,
+    num_hypotheses: int,
+    calls: list[ScoringCall],
+    multiple_of: int | None = None,
+) -> torch.Tensor:
+    """s_k of every sequence under every hypothesis, without a graph: float32 of shape (B, K), nats.
+
+    Args:
+        model, positions: As for `score_tokens`.
+        batch ([`SequenceBatch`]): B sequences.
+        num_hypotheses (`int`): K.
+        calls (`list[ScoringCall]`): From `plan_scoring`. Every process must make as many.
+        multiple_of (`int`, *optional*): Of the columns of padded rows.
+    """
+    scores = torch.zeros(len(batch), num_hypotheses, device=batch.labels.device)
+    chosen = batch
+    for number, call in enumerate(calls):
+        if number == 0 or call.sequences != calls[number - 1].sequences:
+            chosen = batch if call.sequences is None else batch.select(call.sequences, multiple_of)
+        # Of the labels the model gets none; the load-balancing loss of experts has no use here.
+        left_out = ("labels", "output_router_logits")
+        inputs = {name: value for name, value in chosen.inputs.items() if name not in left_out}
+        nothing = chosen.labels.new_zeros(1, 0)
+        with positions.scored(chosen) as found:
+            model(**inputs, shift_labels=nothing, hypotheses=call.hypotheses, fused_lm_head=True)
+        sums = _sum_by_sequence(found[0].to(scores.device), chosen.sequence, len(chosen)).T
+        sequences = list(range(len(batch))) if call.sequences is None else call.sequences
+        if isinstance(call.hypotheses, int):
+            scores[sequences, call.hypotheses] = sums[:, 0]
+        else:
+            scores[sequences] = sums
+    return scores

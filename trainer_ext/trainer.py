@@ -20,10 +20,30 @@ from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
 
 from trainer_ext import checks
+from trainer_ext.batches import SequenceBatch
 from trainer_ext.config import MCLConfig
 from trainer_ext.metrics import ScoreWindow
-from trainer_ext.objectives import assignment_weights, decay_for, temperature_at
-from trainer_ext.scoring import SupervisedPositions, score_tokens
+from trainer_ext.objectives import (
+    assignment_weights,
+    decay_for,
+    drop_small_weights,
+    needs_winners_only,
+    pick_winners,
+    sample_losers,
+    temperature_at,
+    winner_weights,
+)
+from trainer_ext.scoring import (
+    ScoringCall,
+    SupervisedPositions,
+    TokenScores,
+    join_rows,
+    plan_rows,
+    plan_scoring,
+    score_sequences,
+    score_tokens,
+)
+from trainer_ext.winners import RememberedWinners
 
 
 logger = logging.getLogger(__name__)
@@ -123,6 +143,8 @@ class MCLTrainer(SFTTrainer):
             formatting_func=formatting_func,
         )
         checks.check_parallelism(self.accelerator)
+        if self.eval_dataset is not None:
+            checks.check_packed_evaluation(self.args, self.padding_free, self.accelerator.num_processes)
         for name, dataset in {"train_dataset": self.train_dataset, **_named_datasets(self.eval_dataset)}.items():
             checks.check_prepared_dataset(name, dataset, args.max_length)
         self._positions = SupervisedPositions(self.model.get_base_model())
@@ -140,6 +162,7 @@ class MCLTrainer(SFTTrainer):
         self._warned: set[int] = set()
         self._last_temperature = self.args.initial_temperature
         self._weighted_share = 1.0
+        self._remembered = RememberedWinners(self.args.score_every) if self.args.score_every > 1 else None
 
     # ------------------------------------------------------------------------------------------------------------
     # The loss
@@ -161,106 +184,183 @@ class MCLTrainer(SFTTrainer):
         """Score all hypotheses, weight them, train the rows that carry weight.
 
         Returns:
-            TRL's output with one entry for each of the N supervised tokens of the batch: `log_probs` is sum_k q_k log p_k
-            with the graph of the trained rows; `entropy` and `is_top1` are those of the winner.
+            TRL's output with one entry for each token of the rows that were run: `log_probs` is q_k log p_k of the row, with
+            its graph. `label_mask` is true in one row of each sequence, that of the largest weight; `entropy` and `is_top1`
+            are zero in the others. TRL only sums these, so the order of the rows does not matter.
         """
-        num_hypotheses = self._num_hypotheses
+        batch = SequenceBatch(inputs)
         is_training = self.model.training
-        all_have_graphs = is_training and (num_hypotheses == 1 or self._trains_all_rows())
-        if all_have_graphs or not is_training:
-            scored = score_tokens(model, self._positions, inputs, "all")
+        if self._num_hypotheses == 1 or (is_training and self._trains_all_rows()):
+            run = self._run_all(model, batch)
+            weights, winners = self._assign(run.per_sequence().T, batch.num_tokens, is_training)
+            row_weights, is_counted = weights.T, _is_largest(weights).T
         else:
-            with torch.no_grad(), evaluation_mode(self.model):
-                scored = score_tokens(model, self._positions, inputs, "all")
-
-        scores, sequence = scored.per_sequence().T, scored.sequence
-        weights, winners = self._assign(scores, scored.num_tokens, is_training)
-        self._record(scores, scored.num_tokens, winners)
+            weights, winners = self._score(model, batch, is_training)
+            run, row_weights, is_counted = self._run_weighted(model, batch, weights)
         self._winners = winners
         if is_training and self._annealing_temperature() is not None:
             # One number for all processes: each must make the same calls, as a call may synchronise buffers or weights.
             share = (weights > 0).float().mean()
             self._weighted_share = self.accelerator.gather(share).mean().item()
 
-        if all_have_graphs or not is_training:
-            log_probs, aux_loss = (weights.T[:, sequence] * scored.log_probs).sum(dim=0), scored.aux_loss
-        else:
-            log_probs, aux_loss = self._train_rows(model, inputs, weights)
+        log_probs, counted = row_weights[:, run.sequence] * run.log_probs, is_counted[:, run.sequence]
         if self.args.loss_normalization == "sequence":
             # Dividing by the tokens of a sequence here leaves TRL to divide by what `_get_num_items_in_batch` counts.
-            log_probs = log_probs / scored.num_tokens[sequence]
-        token = torch.arange(len(sequence), device=sequence.device)
-        winner = winners[sequence]
+            log_probs = log_probs / run.num_tokens[run.sequence]
         return FusedCausalLMOutput(
             log_probs=log_probs,
-            entropy=scored.entropy[winner, token],
-            is_top1=scored.is_top1[winner, token],
-            label_mask=torch.ones_like(sequence, dtype=torch.bool),
-            aux_loss=aux_loss,
+            entropy=run.entropy * counted,
+            is_top1=run.is_top1 & counted,
+            label_mask=counted,
+            aux_loss=run.aux_loss,
         )
 
-    def _train_rows(
-        self, model: nn.Module, inputs: dict[str, Any], weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the rows with a weight above zero with a graph.
+    @property
+    def _runs_in_parts(self) -> bool:
+        """Whether rows beyond those of the batch are run one part after the other, under one graph.
+
+        Then the temporary memory of a pass, the logits above all, is that of plain LoRA. Not with several processes, which
+        would have to agree on the number of parts, nor with a load-balancing loss, which is that of the rows of a call.
+        """
+        return self.accelerator.num_processes == 1 and not self.aux_loss_enabled
+
+    def _run_all(self, model: nn.Module, batch: SequenceBatch) -> TokenScores:
+        """Run every sequence under every hypothesis: scores with C = K."""
+        if self._num_hypotheses == 1 or not self._runs_in_parts:
+            return score_tokens(model, self._positions, batch, "all")
+        parts = [score_tokens(model, self._positions, batch, k) for k in range(self._num_hypotheses)]
+        return TokenScores(
+            log_probs=torch.cat([part.log_probs for part in parts]),
+            entropy=torch.cat([part.entropy for part in parts]),
+            is_top1=torch.cat([part.is_top1 for part in parts]),
+            sequence=batch.sequence,
+            num_tokens=batch.num_tokens,
+            aux_loss=None,
+        )
+
+    def _run_weighted(
+        self, model: nn.Module, batch: SequenceBatch, weights: torch.Tensor
+    ) -> tuple[TokenScores, torch.Tensor, torch.Tensor]:
+        """Run the (sequence, hypothesis) rows with a weight above zero.
 
         Returns:
-            sum_k q_k log p_k of the supervised tokens, shape (N,), and the load-balancing loss of mixtures of experts.
+            The C * R rows that were run, their weights (C, R), and whether each is that of the largest weight of its sequence.
         """
-        batch_size = len(weights)
         sequences, hypotheses = weights.nonzero(as_tuple=True)
-        if len(sequences) == batch_size:
+        if len(sequences) == len(batch) and not batch.is_packed:
             # Exactly one row for each sequence, and `nonzero` keeps their order: nothing needs to be copied.
-            trained = score_tokens(model, self._positions, inputs, hypotheses)
-            return weights[sequences, hypotheses][trained.sequence] * trained.log_probs[0], trained.aux_loss
+            run = score_tokens(model, self._positions, batch, hypotheses)
+            return run, weights.max(dim=1).values[None], torch.ones_like(hypotheses, dtype=torch.bool)[None]
+        if not batch.can_select:
+            # Image patches and the like cannot be selected by row: all rows are run, some with weight zero.
+            return self._run_all(model, batch), weights.T, _is_largest(weights).T
+        parts = plan_rows(batch, sequences.tolist(), hypotheses.tolist(), self._runs_in_parts)
+        order = torch.tensor([row for part in parts for row in part], device=weights.device)
+        runs = []
+        for part in parts:
+            chosen = batch.select(sequences[part].tolist(), self.args.pad_to_multiple_of)
+            runs.append(score_tokens(model, self._positions, chosen, hypotheses[part]))
+        sequences, hypotheses = sequences[order], hypotheses[order]
+        return join_rows(runs), weights[sequences, hypotheses][None], _is_largest(weights)[sequences, hypotheses][None]
 
-        if not has_only_rows(inputs, batch_size):
-            # Image patches and the like cannot be selected by row: train all rows, some with weight zero.
-            trained = score_tokens(model, self._positions, inputs, "all")
-            return (weights.T[:, trained.sequence] * trained.log_probs).sum(dim=0), trained.aux_loss
+    def _score(self, model: nn.Module, batch: SequenceBatch, is_training: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weights (B, K) and winners (B,) of a batch, from scores without a graph and without dropout."""
+        temperature = self._annealing_temperature()
+        if not is_training or self._remembered is None or not needs_winners_only(self.args.objective, temperature):
+            scores, num_tokens = self._score_part(model, batch, list(range(len(batch))), is_training)
+            return self._assign(scores, num_tokens, is_training)
+        return self._score_what_is_due(model, batch, self._remembered)
 
-        trained = score_tokens(model, self._positions, select_rows(inputs, sequences), hypotheses)
-        weighted = weights[sequences, hypotheses][trained.sequence] * trained.log_probs[0]
-        # The tokens of row r go back to the place of the tokens of its sequence.
-        num_tokens = inputs["labels"][:, 1:].ne(-100).sum(dim=1)
-        first_of_sequence = num_tokens.cumsum(0) - num_tokens
-        first_of_row = trained.num_tokens.cumsum(0) - trained.num_tokens
-        offset = torch.arange(len(trained.sequence), device=weights.device) - first_of_row[trained.sequence]
-        place = first_of_sequence[sequences[trained.sequence]] + offset
-        return weighted.new_zeros(int(num_tokens.sum())).index_add(0, place, weighted), trained.aux_loss
+    def _score_what_is_due(
+        self, model: nn.Module, batch: SequenceBatch, remembered: RememberedWinners
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = batch.keys()
+        known = [remembered.look_up(key) for key in keys]
+        due = [sequence for sequence, winner in enumerate(known) if winner is None]
+        if due and not batch.can_select:
+            due = list(range(len(batch)))
+        scores, num_tokens = self._score_part(model, batch, due, is_training=True)
+        found = pick_winners(scores, self._generator(is_training=True))
+        self._record(scores, num_tokens, found)
+
+        winners = torch.tensor([-1 if winner is None else winner for winner in known], device=scores.device)
+        winners[due] = found
+        is_due = torch.zeros_like(winners)
+        is_due[due] = 1
+        # Every process remembers everything: in the next epoch a sequence may come to another one.
+        visits = torch.stack([torch.tensor(keys, device=winners.device), winners, is_due], dim=1)
+        everywhere = [visit for visit in self._gather_ragged(visits, fill=-1).tolist() if visit[0] >= 0]
+        for key, winner, was_scored in everywhere:
+            remembered.visit(key, winner if was_scored else None)
+        self._watch_wins({winner for _, winner, _ in everywhere})
+        weights = winner_weights(self.args.objective, winners, self._num_hypotheses, self.args.relaxed_epsilon)
+        return self._thin_out(weights, self._generator(is_training=True)), winners
+
+    def _score_part(
+        self, model: nn.Module, batch: SequenceBatch, sequences: list[int], is_training: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores (S, K) of some sequences of a batch, and the number of tokens (S,) that they are sums of."""
+        part = batch if len(sequences) == len(batch) else batch.select(sequences or [0], self.args.pad_to_multiple_of)
+        if is_training and self.args.score_prefix is not None:
+            part = part.first_tokens(self.args.score_prefix)
+        calls = plan_scoring(part, self._num_hypotheses, self.args.scoring_batch_size) if sequences else []
+        if self.accelerator.num_processes > 1:
+            # Calls synchronise buffers or sharded weights, so every process makes as many. What an extra one computes is
+            # overwritten by the calls after it.
+            count = torch.tensor(len(calls), device=self.accelerator.device)
+            most = int(self.accelerator.gather(count).max())
+            calls = [ScoringCall([0] if part.can_select else None, 0)] * (most - len(calls)) + calls
+        with evaluation_mode(self.model):
+            scores = score_sequences(
+                model, self._positions, part, self._num_hypotheses, calls, self.args.pad_to_multiple_of
+            )
+        return scores[: len(sequences)], part.num_tokens[: len(sequences)]
 
     def _trains_all_rows(self) -> bool:
         """Whether to run all rows with a graph at once, because scoring them first would save too little.
 
-        A backward pass costs two forward passes, so scoring all rows and training a share f of them costs 1 + 3 f against 3:
-        more, if f is above 2/3. The share of the last batch stands for that of this one; the gradient is exact either way.
+        Scoring a row costs about a third of training it, so scoring all rows and training a share f of them costs more if f is
+        above 2/3. The share of the last batch stands for that of this one; the gradient is exact either way.
         Only without dropout: the winner is chosen without its noise (Shen et al., 2019).
         """
+        if self._has_dropout or self.args.sample_losers:
+            return False
         if self.args.objective == "relaxed":
-            all_weighted = 0.0 < self.args.relaxed_epsilon < 1.0
-        else:
-            all_weighted = self._annealing_temperature() is not None and self._weighted_share > 2 / 3
-        return all_weighted and not self._has_dropout
+            loser = self.args.relaxed_epsilon / (self._num_hypotheses - 1)
+            return 0.0 < loser >= self.args.min_weight and self.args.relaxed_epsilon < 1.0
+        return self._annealing_temperature() is not None and self._weighted_share > 2 / 3
 
     def _assign(
         self, scores: torch.Tensor, num_tokens: torch.Tensor, is_training: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weights (B, K) of this batch and its winners (B,). In evaluation the best hypothesis has all the weight."""
+        """The weights (B, K) of this batch and its winners (B,), which are recorded.
+
+        In evaluation the best hypothesis has all the weight.
+        """
         if is_training:
             self._last_temperature = self.temperature
-        return assignment_weights(
+        generator = self._generator(is_training)
+        weights, winners = assignment_weights(
             self.args.objective if is_training else "wta",
             scores,
             num_tokens,
             epsilon=self.args.relaxed_epsilon,
             temperature=self._annealing_temperature(),
-            generator=self._generator(is_training),
+            generator=generator,
         )
+        self._watch_wins(self._record(scores, num_tokens, winners))
+        return self._thin_out(weights, generator) if is_training else weights, winners
+
+    def _thin_out(self, weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Fewer rows to train, by the options that the user has chosen."""
+        if self.args.min_weight > 0:
+            weights = drop_small_weights(weights, self.args.min_weight)
+        return sample_losers(weights, generator) if self.args.sample_losers else weights
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         if self.args.loss_normalization == "sequence":
             # The transformers Trainer counts labels; give it one label for each sequence that has any.
-            batch_samples = [_one_label_per_sequence(batch) for batch in batch_samples]
+            batch_samples = [{**batch, "labels": _one_label_per_sequence(batch)} for batch in batch_samples]
         return super()._get_num_items_in_batch(batch_samples, device)
 
     # ------------------------------------------------------------------------------------------------------------
@@ -305,22 +405,33 @@ class MCLTrainer(SFTTrainer):
     # ------------------------------------------------------------------------------------------------------------
     # Reports
 
-    def _record(self, scores: torch.Tensor, num_tokens: torch.Tensor, winners: torch.Tensor) -> None:
+    def _record(self, scores: torch.Tensor, num_tokens: torch.Tensor, winners: torch.Tensor) -> set[int]:
+        """Add the sequences of all processes to the metrics, and return those that won."""
+        window = self._train_window if self.model.training else self._eval_window
+        tensors = (scores.contiguous(), num_tokens, winners)
         # In training the batches of a step are fetched in advance, so `gather_for_metrics` would take each of the last step
-        # for the last of the epoch, and cut it to the length of that one.
-        is_training = self.model.training
-        gather = self.accelerator.gather if is_training else self.accelerator.gather_for_metrics
-        scores, num_tokens, winners = gather((scores.contiguous(), num_tokens.contiguous(), winners.contiguous()))
-        if not is_training:
-            self._eval_window.add(scores, num_tokens, winners)
-            return
-        self._train_window.add(scores, num_tokens, winners)
-        # Under objective "random" a hypothesis is trained whether it wins or not.
-        if self.args.no_win_warning_steps and self.args.objective != "random" and scores.shape[1] > 1:
-            self._watch_wins(set(winners[num_tokens > 0].tolist()), scores.shape[1])
+        # for the last of the epoch, and cut it to the length of that one. It would also cut a packed row to as many
+        # sequences as the batch has rows.
+        if self.model.training or self.accelerator.num_processes == 1:
+            scores, num_tokens, winners = (self._gather_ragged(tensor) for tensor in tensors)
+        else:
+            scores, num_tokens, winners = self.accelerator.gather_for_metrics(tensors)
+        window.add(scores, num_tokens, winners)
+        return set(winners[num_tokens > 0].tolist())
 
-    def _watch_wins(self, winners: set[int], num_hypotheses: int) -> None:
-        step, patience = self.state.global_step, self.args.no_win_warning_steps
+    def _gather_ragged(self, tensor: torch.Tensor, fill: int = 0) -> torch.Tensor:
+        """`tensor` of all processes; where their lengths may differ, shorter ones are filled up."""
+        if self.padding_free or self._remembered is not None:
+            tensor = self.accelerator.pad_across_processes(tensor, pad_index=fill)
+        return self.accelerator.gather(tensor)
+
+    def _watch_wins(self, winners: set[int]) -> None:
+        """Warn of a hypothesis that has not been among the winners for a while."""
+        num_hypotheses, patience = self._num_hypotheses, self.args.no_win_warning_steps
+        # Under objective "random" a hypothesis is trained whether it wins or not.
+        if not self.model.training or not patience or self.args.objective == "random" or num_hypotheses == 1:
+            return
+        step = self.state.global_step
         if self._last_win is None:
             self._last_win = [step] * num_hypotheses
         for hypothesis in range(num_hypotheses):
@@ -343,14 +454,20 @@ class MCLTrainer(SFTTrainer):
         """As SFTTrainer; training logs get the metrics of the competition since the last log."""
         # Told by what is logged: a callback may have left the model in either mode.
         if self._train_window and ("loss" in logs or "train_loss" in logs):
-            logs.update(self._train_window.summary())
+            # Nothing was scored if all winners were remembered.
+            if len(self._train_window.winners):
+                logs.update(self._train_window.summary())
             self._train_window.clear()
             if self.args.objective == "annealed":
                 logs["temperature"] = self._last_temperature
+            flips = None if self._remembered is None else self._remembered.flips()
+            if flips is not None:
+                logs["winner_flips"] = flips
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As SFTTrainer, with the exact metrics of the competition over the whole data set; the loss is `wta_nll`."""
+        checks.check_packed_evaluation(self.args, self.padding_free, self.accelerator.num_processes)
         self._eval_window = ScoreWindow()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._eval_window and output.metrics is not None:
@@ -370,11 +487,12 @@ class MCLTrainer(SFTTrainer):
 
         Raises:
             ValueError: A sequence lost its completion when it was cut to `max_length`, or an option changes the order of
-                evaluation (`shuffle_dataset`, grouping by length).
+                evaluation (`shuffle_dataset`, packing, grouping by length).
         """
-        if self.args.shuffle_dataset or self.args.train_sampling_strategy == "group_by_length":
+        packs = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+        if self.args.shuffle_dataset or self.args.train_sampling_strategy == "group_by_length" or packs:
             raise ValueError(
-                "`score` keeps the order of the data set, so it needs `shuffle_dataset=False` and a "
+                "`score` keeps the order of the data set, so it needs `shuffle_dataset=False`, `eval_packing=False` and a "
                 "`train_sampling_strategy` other than 'group_by_length'."
             )
         self.evaluate(dataset)
@@ -387,6 +505,17 @@ class MCLTrainer(SFTTrainer):
 
     # ------------------------------------------------------------------------------------------------------------
     # Resuming
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # With the rest of what resuming needs, and before the state of the trainer, which marks a whole checkpoint.
+        super()._save_rng_state(output_dir)
+        if self._remembered is not None and self.args.should_save:
+            self._remembered.save(output_dir)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if self._remembered is not None and checkpoint is not None:
+            self._remembered.load(checkpoint)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As SFTTrainer. `resume_from_checkpoint=True` takes the newest checkpoint that was written whole."""
@@ -442,32 +571,16 @@ def _has_dropout_rate(config: dict[str, Any]) -> bool:
     return False
 
 
-def select_rows(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
-    """The inputs of the given rows of a batch, in their order.
-
-    Args:
-        inputs (`dict`): Model inputs whose tensors have one row for each sequence (see `has_only_rows`).
-        rows (`torch.Tensor`): int64 of shape (R,), indices of sequences.
-    """
-    return {
-        name: value[rows] if isinstance(value, torch.Tensor) and value.dim() > 0 else value
-        for name, value in inputs.items()
-    }
+def _is_largest(weights: torch.Tensor) -> torch.Tensor:
+    """Whether a weight is the largest of its sequence, one for each: bool of the shape (B, K) of the weights."""
+    return nn.functional.one_hot(weights.argmax(dim=1), weights.shape[1]).bool()
 
 
-def has_only_rows(inputs: dict[str, Any], batch_size: int) -> bool:
-    """Whether every tensor of the inputs has one row for each sequence, so that rows can be selected."""
-    return all(
-        value.dim() == 0 or len(value) == batch_size for value in inputs.values() if isinstance(value, torch.Tensor)
-    )
-
-
-def _one_label_per_sequence(batch: dict[str, Any]) -> dict[str, Any]:
-    labels = batch["labels"]
-    has_label = labels[:, 1:].ne(-100).any(dim=1)
-    counted = labels.new_full((len(labels), 2), -100)
-    counted[:, 1] = torch.where(has_label, 0, -100)
-    return {**batch, "labels": counted}
+def _one_label_per_sequence(inputs: dict[str, Any]) -> torch.Tensor:
+    num_tokens = SequenceBatch(inputs).num_tokens
+    counted = num_tokens.new_full((len(num_tokens), 2), -100)
+    counted[:, 1] = torch.where(num_tokens > 0, 0, -100)
+    return counted
 
 
 def _named_datasets(eval_dataset: Any) -> dict[str, Any]:

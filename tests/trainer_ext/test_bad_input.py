@@ -92,6 +92,10 @@ def test_values_out_of_range_are_named(tmp_path, options, parts):
         {"no_win_warning_steps": 0},
         {"loss_type": "nll"},
         {"packing": False, "eval_packing": False},
+        {"packing": True},
+        {"padding_free": True, "max_length": None},
+        {"min_weight": 0.0, "score_every": 1, "score_prefix": 1, "scoring_batch_size": 1},
+        {"min_weight": 1.0},
     ],
     ids=str,
 )
@@ -104,10 +108,11 @@ def test_values_at_the_ends_of_their_ranges_are_fine(tmp_path, options):
     [
         ({"loss_type": "dft"}, ("loss_type='dft'", "not supported", "'nll'")),
         ({"label_smoothing_factor": 0.1}, ("label_smoothing_factor=0.1", "not a likelihood")),
-        ({"packing": True}, ("packing=True", "each sequence has its own winner")),
-        ({"packing": True, "packing_strategy": "wrapped"}, ("packing=True", "each sequence has its own winner")),
-        ({"eval_packing": True}, ("eval_packing=True", "each sequence has its own winner")),
-        ({"padding_free": True}, ("padding_free=True", "each sequence has its own winner")),
+        (
+            {"packing": True, "packing_strategy": "wrapped"},
+            ("packing_strategy='wrapped'", "each sequence has its own winner"),
+        ),
+        ({"eval_packing": True, "packing_strategy": "wrapped"}, ("packing_strategy='wrapped'", "Set it to 'bfd'")),
     ],
     ids=str,
 )

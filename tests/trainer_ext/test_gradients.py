@@ -87,20 +87,30 @@ def train(tmp_path, monkeypatch):
             found.winners.append(winners.clone())
             return weights, winners
 
-        def record_call(model, positions, inputs, hypotheses):
-            found.calls.append(
-                {
-                    "rows": len(inputs["input_ids"]),
-                    "all": hypotheses == "all" if isinstance(hypotheses, str) else False,
-                    "graph": torch.is_grad_enabled(),
-                    "dropout": any(module.training for module in model.modules()),
-                }
-            )
-            return scoring(model, positions, inputs, hypotheses)
+        def recorded(function, rows_of, is_all):
+            """Add what a call of the trainer did to the model: rows, dropout, graph."""
 
-        assignment, scoring = trainer_module.assignment_weights, trainer_module.score_tokens
+            def call(model, positions, batch, *args):
+                with_noise = any(module.training for module in model.modules())
+                entered = []
+                base = found.trainer.model.get_base_model()
+                hook = base.register_forward_pre_hook(lambda *_: entered.append(torch.is_grad_enabled()))
+                result = function(model, positions, batch, *args)
+                hook.remove()
+                assert len(set(entered)) <= 1
+                found.calls.append(
+                    {"rows": rows_of(batch), "all": is_all(*args), "graph": entered[0], "dropout": with_noise}
+                )
+                return result
+
+            return call
+
+        assignment = trainer_module.assignment_weights
+        running, scoring = trainer_module.score_tokens, trainer_module.score_sequences
         monkeypatch.setattr(trainer_module, "assignment_weights", record_weights)
-        monkeypatch.setattr(trainer_module, "score_tokens", record_call)
+        run_calls = recorded(running, len, lambda hypotheses: isinstance(hypotheses, str))
+        monkeypatch.setattr(trainer_module, "score_tokens", run_calls)
+        monkeypatch.setattr(trainer_module, "score_sequences", recorded(scoring, len, lambda *args: True))
         defaults = {
             "learning_rate": 0.0,
             "max_grad_norm": 0.0,
@@ -119,7 +129,8 @@ def train(tmp_path, monkeypatch):
         )
         found.trainer.train()
         monkeypatch.setattr(trainer_module, "assignment_weights", assignment)
-        monkeypatch.setattr(trainer_module, "score_tokens", scoring)
+        monkeypatch.setattr(trainer_module, "score_tokens", running)
+        monkeypatch.setattr(trainer_module, "score_sequences", scoring)
         return found
 
     return run
@@ -280,10 +291,14 @@ def test_selected_rows_and_all_rows_give_the_same_for_every_token(train, num_hyp
         trainer._trains_all_rows = lambda answer=trains_all_rows: answer
         outputs.append(trainer._compete(trainer.model.train(), batch))
     count = sum(count_tokens(labels) for _, labels in sequences_of(batch))
-    assert outputs[0].log_probs.shape == outputs[0].label_mask.shape == (count,)
-    assert outputs[0].label_mask.all()
+    for output in outputs:
+        assert output.log_probs.shape == output.label_mask.shape == output.entropy.shape
+        assert output.label_mask.sum() == count
+    assert outputs[0].log_probs.shape == (num_hypotheses, count)
+    # TRL sums them, each for itself.
     for name in ("log_probs", "entropy", "is_top1", "label_mask"):
-        torch.testing.assert_close(getattr(outputs[1], name), getattr(outputs[0], name), rtol=1e-3, atol=1e-4)
+        sums = [getattr(output, name).float().sum() for output in outputs]
+        torch.testing.assert_close(sums[1], sums[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("source", ["lora_dropout", "attention_dropout", "neftune"])

@@ -10,6 +10,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen
 from trl.trainer.utils import add_fused_lm_head
 
 from tests.tiny import FAMILIES, PAD, SPECIAL, VOCABULARY, tiny_llama, with_hypotheses
+from trainer_ext.batches import SequenceBatch
 from trainer_ext.scoring import SupervisedPositions, score_tokens
 
 
@@ -77,7 +78,7 @@ def log_softmax_of_logits(reference, inputs, hypothesis):
 def test_scores_equal_the_log_softmax_for_every_hypothesis(family, side):
     model, positions, reference = scored_model(FAMILIES[family]())
     inputs = batch(side)
-    scored = score_tokens(model, positions, inputs, "all")
+    scored = score_tokens(model, positions, SequenceBatch(inputs), "all")
     assert scored.log_probs.shape == scored.entropy.shape == scored.is_top1.shape == (3, 10)
     assert scored.num_tokens.tolist() == [5, 4, 1, 0]
     assert scored.sequence.tolist() == [0] * 5 + [1] * 4 + [2]
@@ -95,11 +96,11 @@ def test_scores_equal_the_log_softmax_for_every_hypothesis(family, side):
 def test_one_hypothesis_for_all_rows_and_one_for_each():
     model, positions, _ = scored_model(tiny_llama())
     inputs = batch()
-    everything = score_tokens(model, positions, inputs, "all")
-    second = score_tokens(model, positions, inputs, 2)
+    everything = score_tokens(model, positions, SequenceBatch(inputs), "all")
+    second = score_tokens(model, positions, SequenceBatch(inputs), 2)
     torch.testing.assert_close(second.log_probs, everything.log_probs[2:], **EXACT)
     chosen = torch.tensor([2, 0, 1, 1])
-    mixed = score_tokens(model, positions, inputs, chosen)
+    mixed = score_tokens(model, positions, SequenceBatch(inputs), chosen)
     expected = everything.log_probs[chosen[everything.sequence], torch.arange(10)]
     torch.testing.assert_close(mixed.log_probs[0], expected, **EXACT)
 
@@ -110,7 +111,7 @@ def test_nothing_supervised_gives_no_scores_and_a_graph_all_the_same(hypotheses)
     model.train()
     inputs = batch()
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
-    scored = score_tokens(model, positions, inputs, hypotheses)
+    scored = score_tokens(model, positions, SequenceBatch(inputs), hypotheses)
     assert scored.log_probs.shape == (3 if hypotheses == "all" else 1, 0)
     assert scored.num_tokens.tolist() == [0, 0, 0, 0]
     assert scored.per_sequence().abs().sum() == 0
@@ -122,10 +123,12 @@ def test_nothing_supervised_gives_no_scores_and_a_graph_all_the_same(hypotheses)
 def test_the_first_token_is_never_predicted():
     model, positions, _ = scored_model(tiny_llama())
     ids = torch.tensor([[5], [6]])
-    scored = score_tokens(model, positions, {"input_ids": ids, "labels": ids}, "all")
+    scored = score_tokens(model, positions, SequenceBatch({"input_ids": ids, "labels": ids}), "all")
     assert scored.num_tokens.tolist() == [0, 0]
     longer = torch.tensor([[5, 7, 8]])
-    assert score_tokens(model, positions, {"input_ids": longer, "labels": longer}, "all").num_tokens.tolist() == [2]
+    assert score_tokens(
+        model, positions, SequenceBatch({"input_ids": longer, "labels": longer}), "all"
+    ).num_tokens.tolist() == [2]
 
 
 @pytest.mark.parametrize("base", [mixtral, qwen3_moe])
@@ -134,12 +137,12 @@ def test_mixtures_of_experts_keep_their_load_balancing_loss(base):
     torch.manual_seed(0)
     model, positions, reference = scored_model(base())
     inputs = batch()
-    scored = score_tokens(model, positions, inputs, "all")
+    scored = score_tokens(model, positions, SequenceBatch(inputs), "all")
     for hypothesis in range(3):
         torch.testing.assert_close(
             scored.log_probs[hypothesis], log_softmax_of_logits(reference, inputs, hypothesis)[0], **EXACT
         )
-        alone = score_tokens(model, positions, inputs, hypothesis)
+        alone = score_tokens(model, positions, SequenceBatch(inputs), hypothesis)
         own = reference(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -160,7 +163,7 @@ def test_mixtures_of_experts_keep_their_load_balancing_loss(base):
 @torch.no_grad()
 def test_dense_models_have_no_load_balancing_loss():
     model, positions, _ = scored_model(tiny_llama())
-    assert score_tokens(model, positions, batch(), "all").aux_loss is None
+    assert score_tokens(model, positions, SequenceBatch(batch()), "all").aux_loss is None
 
 
 @torch.no_grad()
@@ -180,10 +183,10 @@ def test_the_hook_does_nothing_outside_of_scoring():
         )
 
     assert logits_are_untouched()
-    score_tokens(model, positions, inputs, "all")
+    score_tokens(model, positions, SequenceBatch(inputs), "all")
     assert logits_are_untouched()
     with pytest.raises(ValueError, match="hypotheses"):
-        score_tokens(model, positions, inputs, 7)
+        score_tokens(model, positions, SequenceBatch(inputs), 7)
     assert logits_are_untouched()
 
 
@@ -194,7 +197,7 @@ def test_the_head_sees_the_supervised_positions_only():
     rows = model.get_base_model().base_model.register_forward_hook(
         lambda module, args, output: seen.append(tuple(output.last_hidden_state.shape))
     )
-    score_tokens(model, positions, batch(), "all")
+    score_tokens(model, positions, SequenceBatch(batch()), "all")
     rows.remove()
     assert seen == [(3, 10, 16)]
 
@@ -204,7 +207,7 @@ def test_the_inputs_are_left_alone():
     model, positions, _ = scored_model(tiny_llama())
     inputs = batch()
     before = {name: value.clone() for name, value in inputs.items()}
-    score_tokens(model, positions, inputs, "all")
+    score_tokens(model, positions, SequenceBatch(inputs), "all")
     assert inputs.keys() == before.keys()
     assert all(torch.equal(inputs[name], before[name]) for name in before)
 
@@ -212,5 +215,5 @@ def test_the_inputs_are_left_alone():
 @torch.no_grad()
 def test_scores_of_half_precision_models_are_summed_in_float32():
     model, positions, _ = scored_model(tiny_llama().to(torch.bfloat16))
-    scored = score_tokens(model, positions, batch(), "all")
+    scored = score_tokens(model, positions, SequenceBatch(batch()), "all")
     assert scored.log_probs.dtype == scored.per_sequence().dtype == torch.float32

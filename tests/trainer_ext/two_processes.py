@@ -60,11 +60,16 @@ def run(case: str, output_dir: Path, **options: Any) -> dict[str, Any]:
         return found
 
     def record_call(*args: Any) -> Any:
-        calls.append(torch.is_grad_enabled())
+        calls.append("run")
+        return running(*args)
+
+    def record_scoring(*args: Any) -> Any:
+        calls.append(f"score in {len(args[4])} calls")
         return scoring(*args)
 
     assignment, trainer_module.assignment_weights = trainer_module.assignment_weights, record_weights
-    scoring, trainer_module.score_tokens = trainer_module.score_tokens, record_call
+    running, trainer_module.score_tokens = trainer_module.score_tokens, record_call
+    scoring, trainer_module.score_sequences = trainer_module.score_sequences, record_scoring
     try:
         set_seed(0)
         defaults = {
@@ -90,7 +95,8 @@ def run(case: str, output_dir: Path, **options: Any) -> dict[str, Any]:
         found = {"batches": collator.batches[: STEPS * ACCUMULATION], "weights": list(weights), "calls": list(calls)}
         metrics = trainer.evaluate()
     finally:
-        trainer_module.assignment_weights, trainer_module.score_tokens = assignment, scoring
+        trainer_module.assignment_weights = assignment
+        trainer_module.score_tokens, trainer_module.score_sequences = running, scoring
     return {
         **found,
         "gradients": gradients.steps,

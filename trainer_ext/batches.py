@@ -1,0 +1,201 @@
+"""A batch as its sequences, whether they are padded rows or packed one after the other into one row."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from typing import Any
+
+import torch
+
+
+# Inputs with one column for each token. They are cut together, and only if no other input seems to have such columns.
+TOKEN_INPUTS = frozenset(
+    {"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids", "mm_token_type_ids", "inputs_embeds"}
+)
+
+
+class SequenceBatch:
+    """The sequences of a batch of model inputs.
+
+    Args:
+        inputs (`dict`): What a collator made: `labels`, and tensors of shape (B, T, ...) for padded rows. With
+            `cu_seq_lens_q` (S + 1,), the bounds of S sequences, and tensors of shape (1, L, ...), it is one packed row.
+
+    Attributes:
+        bounds (`list[int]`, *optional*): The bounds of the sequences of a packed row; None for padded rows.
+        sequence (`torch.Tensor`): int64 of shape (N,), the sequence of each of the N supervised tokens.
+        row, column (`torch.Tensor`): int64 of shape (N,), the position that predicts each supervised token.
+        targets (`torch.Tensor`): int64 of shape (N,), the supervised tokens.
+        num_tokens (`torch.Tensor`): int64 of shape (B,), the supervised tokens of each sequence.
+    """
+
+    def __init__(self, inputs: dict[str, Any]) -> None:
+        self.inputs = inputs
+        self.labels: torch.Tensor = inputs["labels"]
+        ends = inputs.get("cu_seq_lens_q")
+        self.bounds: list[int] | None = None if ends is None else ends.tolist()
+        # Position t predicts token t + 1.
+        self.row, self.column = (self.labels[:, 1:] != -100).nonzero(as_tuple=True)
+        self.targets = self.labels[self.row, self.column + 1]
+        self.sequence = self.row
+        if self.bounds is not None:
+            starts = torch.tensor(self.bounds[1:], device=self.labels.device)
+            self.sequence = torch.bucketize(self.column + 1, starts, right=True)
+        ones = torch.ones_like(self.sequence)
+        self.num_tokens = self.sequence.new_zeros(len(self)).index_add(0, self.sequence, ones)
+
+    def __len__(self) -> int:
+        return len(self.labels) if self.bounds is None else len(self.bounds) - 1
+
+    @property
+    def is_packed(self) -> bool:
+        return self.bounds is not None
+
+    @property
+    def can_select(self) -> bool:
+        """Whether sequences can be taken out: not where image patches, say, do not lie in rows."""
+        if self.is_packed:
+            return True
+        tensors = (value for value in self.inputs.values() if isinstance(value, torch.Tensor))
+        return all(value.dim() == 0 or len(value) == len(self) for value in tensors)
+
+    @cached_property
+    def needed_tokens(self) -> list[int]:
+        """How many leading positions of each sequence the scores need: up to the one that predicts the last supervised token.
+
+        What comes after it cannot change them in a causal model. At least 1.
+        """
+        start = 0 if self.bounds is None else torch.tensor(self.bounds, device=self.labels.device)[self.sequence]
+        needed = torch.ones(len(self), dtype=torch.int64, device=self.labels.device)
+        return needed.scatter_reduce(0, self.sequence, self.column + 1 - start, "amax").tolist()
+
+    def select(self, sequences: list[int], multiple_of: int | None = None) -> SequenceBatch:
+        """The named sequences in their order, each as often as it is named, without the columns that none of them needs.
+
+        Args:
+            sequences (`list[int]`): At least one index in [0, len(self) - 1].
+            multiple_of (`int`, *optional*): Keep the number of columns of padded rows a multiple of this.
+        """
+        if self.bounds is not None:
+            return self._select_packed(sequences)
+        longest = max(self.needed_tokens[sequence] for sequence in sequences)
+        longest = -(-longest // (multiple_of or 1)) * (multiple_of or 1)
+        # One more column of labels than of predictions.
+        columns = min(longest + 1, self.labels.shape[1]) if self._can_cut else self.labels.shape[1]
+        rows = torch.tensor(sequences, device=self.labels.device)
+        return SequenceBatch({name: self._cut(name, value, rows, columns) for name, value in self.inputs.items()})
+
+    @property
+    def _can_cut(self) -> bool:
+        width = self.labels.shape[1]
+        return all(
+            name in TOKEN_INPUTS or value.dim() < 2 or width not in value.shape[1:]
+            for name, value in self.inputs.items()
+            if isinstance(value, torch.Tensor)
+        )
+
+    def _cut(self, name: str, value: Any, rows: torch.Tensor, columns: int) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            return value
+        return value[rows, :columns] if name in TOKEN_INPUTS and value.dim() > 1 else value[rows]
+
+    def _select_packed(self, sequences: list[int]) -> SequenceBatch:
+        assert self.bounds is not None
+        width, device = self.labels.shape[1], self.labels.device
+        # One more token than predictions, if the sequence has it: the last target must not fall off.
+        lengths = [
+            min(self.needed_tokens[sequence] + 1, self.bounds[sequence + 1] - self.bounds[sequence])
+            for sequence in sequences
+        ]
+        places = torch.cat(
+            [torch.arange(length) + self.bounds[s] for s, length in zip(sequences, lengths, strict=True)]
+        )
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+        inputs: dict[str, Any] = {
+            name: value[:, places.to(value.device)]
+            if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == width
+            else value
+            for name, value in self.inputs.items()
+        }
+        inputs.update(
+            {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+        )
+        if "seq_idx" in inputs:
+            order = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+            inputs["seq_idx"] = order[None].to(self.inputs["seq_idx"])
+        return SequenceBatch(inputs)
+
+    def first_tokens(self, count: int) -> SequenceBatch:
+        """The same sequences with at most their first `count` supervised tokens supervised."""
+        first = self.num_tokens.cumsum(0) - self.num_tokens
+        rank = torch.arange(len(self.sequence), device=self.labels.device) - first[self.sequence]
+        late = rank >= count
+        labels = self.labels.clone()
+        labels[self.row[late], self.column[late] + 1] = -100
+        return SequenceBatch({**self.inputs, "labels": labels})
+
+    def keys(self) -> list[int]:
+        """A number for each sequence that tells it from others by its content: 63 bits of a hash of its ids and labels.
+
+        It is the same in every batch, whatever the padding, the packing and the order. Other inputs of a row, an image say,
+        are part of the content.
+        """
+        ids, labels = self.inputs["input_ids"].cpu(), self.labels.cpu()
+        mask = self.inputs.get("attention_mask")
+        others = [
+            value.cpu()
+            for name, value in sorted(self.inputs.items())
+            if isinstance(value, torch.Tensor) and value.dim() > 0 and name not in TOKEN_INPUTS and not self.is_packed
+        ]
+        keys = []
+        for sequence in range(len(self)):
+            if self.bounds is not None:
+                row, place = 0, slice(self.bounds[sequence], self.bounds[sequence + 1])
+            else:
+                row, place = sequence, slice(None)
+            pair = torch.stack([ids[row, place], labels[row, place]])
+            if mask is not None:
+                pair = pair[:, mask[row, place].bool().cpu()]
+            # The first token is never a target, and packing masks its label.
+            pair[1, :1] = -100
+            digest = hashlib.blake2b(_bytes(pair), digest_size=8)
+            for value in others:
+                digest.update(_bytes(value[sequence]))
+            keys.append(int.from_bytes(digest.digest(), "big") >> 1)
+        return keys
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def plan_slices(lengths: list[int], copies: int, max_rows: int, overhead: int) -> list[list[int]]:
+    """Group sequences into calls so that as few positions as possible are computed, padding included.
+
+    Sequences of like length go together; a call of g sequences computes `copies * g * longest` positions and costs `overhead`
+    positions besides. The cheapest contiguous partition of the sorted lengths is found exactly (dynamic programming).
+
+    Args:
+        lengths (`list[int]`): Positions that each sequence needs.
+        copies (`int`): Rows for each sequence of a call.
+        max_rows (`int`): Most rows of a call; a call has at least one sequence.
+        overhead (`int`): Cost of a call, in positions.
+
+    Returns:
+        `list[list[int]]`: The indices of the sequences of each call.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    largest = max(1, max_rows // copies)
+    # best[n]: the cost of the n shortest sequences, and where their last call begins.
+    best = [(0, 0)]
+    for stop in range(1, len(order) + 1):
+        longest = lengths[order[stop - 1]]
+        starts = range(max(0, stop - largest), stop)
+        best.append(min((best[start][0] + overhead + copies * (stop - start) * longest, start) for start in starts))
+    groups, stop = [], len(order)
+    while stop:
+        start = best[stop][1]
+        groups.append(sorted(order[start:stop]))
+        stop = start
+    return groups[::-1]

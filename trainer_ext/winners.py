@@ -1,0 +1,84 @@
+"""Winners that are remembered from one epoch to the next, so that not every visit of a sequence needs scores."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+WINNERS_NAME = "winners.safetensors"
+
+
+class RememberedWinners:
+    """The winner of each sequence seen so far, and how often it has been trained on since it was scored.
+
+    Args:
+        score_every (`int`): A sequence is scored at its first visit and then at every `score_every`-th.
+    """
+
+    def __init__(self, score_every: int) -> None:
+        self.score_every = score_every
+        self._known: dict[int, tuple[int, int]] = {}
+        self._rescored = 0
+        self._flipped = 0
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def look_up(self, key: int) -> int | None:
+        """The winner of a sequence, or None if it is due to be scored."""
+        winner, visits = self._known.get(key, (0, self.score_every))
+        return winner if visits < self.score_every else None
+
+    def visit(self, key: int, scored_winner: int | None) -> None:
+        """Count a visit of a sequence, with its new winner if it was scored."""
+        if scored_winner is None:
+            winner, visits = self._known[key]
+            self._known[key] = (winner, visits + 1)
+            return
+        if key in self._known:
+            self._rescored += 1
+            self._flipped += self._known[key][0] != scored_winner
+        self._known[key] = (scored_winner, 1)
+
+    def flips(self) -> float | None:
+        """The part of the sequences scored again since the last call whose winner had changed; None if there were none."""
+        share = self._flipped / self._rescored if self._rescored else None
+        self._rescored = self._flipped = 0
+        return share
+
+    def save(self, directory: str | Path) -> None:
+        """Write `winners.safetensors`, whole or not at all."""
+        path = Path(directory, WINNERS_NAME)
+        values = list(self._known.values())
+        tensors = {
+            "keys": torch.tensor(list(self._known), dtype=torch.int64),
+            "winners": torch.tensor([winner for winner, _ in values], dtype=torch.int32),
+            "visits": torch.tensor([visits for _, visits in values], dtype=torch.int32),
+        }
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial)
+        os.replace(partial, path)
+
+    def load(self, directory: str | Path) -> None:
+        """Take over what `save` wrote. Without a file nothing is known: the run that is resumed did not remember.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        path = Path(directory, WINNERS_NAME)
+        if not path.is_file():
+            return
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"The remembered winners in {path} are truncated or corrupt ({error}). Delete the file to score every "
+                "sequence anew, or resume from another checkpoint."
+            ) from error
+        pairs = zip(tensors["winners"].tolist(), tensors["visits"].tolist(), strict=True)
+        self._known = dict(zip(tensors["keys"].tolist(), pairs, strict=True))
