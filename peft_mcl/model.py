@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from peft_mcl import generation, routing
 from peft_mcl.config import MCLoraConfig
 from peft_mcl.layer import MCLoraLayer, adapt
 from peft_mcl.routing import Route, Routing, check_hypothesis
-from peft_mcl.sharing import RunOnce, modules_before_adapters
+from peft_mcl.sharing import RunOnce, modules_before_adapters, stop_running_once
 
 
 class MCLoraModel(BaseTuner):
@@ -150,6 +151,7 @@ class MCLoraModel(BaseTuner):
             packed_ends = inputs.get("cu_seq_lens_q") if batch_size == 1 else None
             route = routing.parse_hypotheses(hypotheses, self.num_hypotheses, batch_size, packed_ends)
             if route.blocks is not None and batch_size is not None:
+                route = replace(route, run_once=not self._records_layers(inputs))
                 inputs = routing.expand_inputs(inputs, route.blocks, batch_size)
                 args = tuple(inputs.pop(name) for name in names)
                 kwargs = inputs
@@ -157,6 +159,13 @@ class MCLoraModel(BaseTuner):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             routing.keep_routes_in_checkpoints(model, self.routing)
         return args, kwargs
+
+    def _records_layers(self, inputs: dict[str, Any]) -> bool:
+        """Whether the call returns what is inside of the layers, which all have to see all rows then."""
+        names = ("output_hidden_states", "output_attentions", "output_router_logits")
+        config = getattr(self.model, "config", None)
+        text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
+        return any(inputs.get(name) or getattr(text_config, name, False) for name in names)
 
     def _leave_call(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the base model, run also when its forward raised."""
@@ -185,14 +194,14 @@ class MCLoraModel(BaseTuner):
 
     def _share_frozen_modules(self, model: nn.Module) -> None:
         # The adapted layers have changed, so those before them may have, too.
-        for hook in getattr(self, "_sharing", []):
-            hook.remove()
-        modules = modules_before_adapters(model, lambda module: isinstance(module, MCLoraLayer))
-        self._sharing = [RunOnce(module, self.routing) for module in modules]
+        stop_running_once(model)
+        for module in modules_before_adapters(model, _has_adapters):
+            RunOnce(module, self.routing)
 
     def _detach(self, model: nn.Module) -> None:
-        for hook in (*getattr(self, "_hooks", []), *getattr(self, "_sharing", [])):
+        for hook in getattr(self, "_hooks", []):
             hook.remove()
+        stop_running_once(model)
         model.__dict__.pop("generate", None)
         routing.restore_checkpoints(model)
 
@@ -306,3 +315,8 @@ class MCLoraModel(BaseTuner):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         self._detach(model)
         return model
+
+
+def _has_adapters(module: nn.Module) -> bool:
+    # A layer whose last adapter was deleted stays where it is, without any.
+    return isinstance(module, MCLoraLayer) and bool(module.r)

@@ -43,6 +43,7 @@ class Route:
         index (`torch.Tensor`): int64 of shape (rows,). Row i belongs to hypothesis `index[i]`. A layer that sees m times as
             many rows (beams, or tokens flattened into rows) takes each entry for m consecutive rows.
         runs (`tuple`): One packed row: `(hypothesis, start, stop)` for each run of tokens of one hypothesis, in order.
+        run_once (`bool`): With `blocks`: modules before the first adapter may see one copy of the rows (`sharing.py`).
     """
 
     hypothesis: int | None = None
@@ -51,6 +52,7 @@ class Route:
     decoded: tuple[int, ...] | None = None
     num_inputs: int = 1
     runs: tuple[Run, ...] | None = None
+    run_once: bool = False
 
     @property
     def num_groups(self) -> int:

@@ -117,7 +117,7 @@ class RunOnce:
     def _copies(self, inputs: Any) -> int:
         """K, or 1 if the call has to run as it is."""
         route = self.routing.current
-        if route is None or route.blocks is None or not _is_shareable(inputs):
+        if route is None or route.blocks is None or not route.run_once or not _is_shareable(inputs):
             return 1
         return route.blocks if _rows(inputs) % route.blocks == 0 else 1
 
@@ -127,6 +127,15 @@ class RunOnce:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _running=_Running())
+
+
+def stop_running_once(model: nn.Module) -> None:
+    """Take all hooks of `RunOnce` off a model."""
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, RunOnce):
+                owner.remove()
 
 
 class _Running(threading.local):

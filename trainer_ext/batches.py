@@ -170,7 +170,9 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def plan_slices(lengths: list[int], copies: int, max_rows: int, overhead: int) -> list[list[int]]:
+def plan_slices(
+    lengths: list[int], copies: int, max_rows: int, overhead: int, max_positions: int = 0
+) -> list[list[int]]:
     """Group sequences into calls so that as few positions as possible are computed, padding included.
 
     Sequences of like length go together; a call of g sequences computes `copies * g * longest` positions and costs `overhead`
@@ -179,18 +181,19 @@ def plan_slices(lengths: list[int], copies: int, max_rows: int, overhead: int) -
     Args:
         lengths (`list[int]`): Positions that each sequence needs.
         copies (`int`): Rows for each sequence of a call.
-        max_rows (`int`): Most rows of a call; a call has at least one sequence.
+        max_rows (`int`): Most rows of a call, unless it has at most `max_positions`; a call has at least one sequence.
         overhead (`int`): Cost of a call, in positions.
+        max_positions (`int`): See `max_rows`.
 
     Returns:
         `list[list[int]]`: The indices of the sequences of each call.
     """
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    largest = max(1, max_rows // copies)
     # best[n]: the cost of the n shortest sequences, and where their last call begins.
     best = [(0, 0)]
     for stop in range(1, len(order) + 1):
         longest = lengths[order[stop - 1]]
+        largest = max(1, max_rows // copies, max_positions // (copies * longest))
         starts = range(max(0, stop - largest), stop)
         best.append(min((best[start][0] + overhead + copies * (stop - start) * longest, start) for start in starts))
     groups, stop = [], len(order)

@@ -230,14 +230,17 @@ def plan_scoring(batch: SequenceBatch, num_hypotheses: int, max_rows: int | None
             positions, and at least as many as the batch.
     """
     rows, width = batch.labels.shape
-    budget = max(rows, POSITIONS_OF_A_CALL // width) if max_rows is None else max_rows
-    together = budget >= num_hypotheses * (1 if batch.can_select and not batch.is_packed else rows)
+    max_positions = POSITIONS_OF_A_CALL if max_rows is None else 0
+    max_rows = rows if max_rows is None else max_rows
     if batch.is_packed or not batch.can_select:
         groups: list[list[int] | None] = [None]
+        copies = num_hypotheses * rows
+        together = copies <= max_rows or copies * width <= max_positions
     else:
+        together = num_hypotheses <= max_rows or num_hypotheses * max(batch.needed_tokens) <= max_positions
         copies = num_hypotheses if together else 1
         overhead = OVERHEAD_OF_A_CALL * (1 if together else num_hypotheses)
-        groups = [*plan_slices(batch.needed_tokens, copies, budget, overhead)]
+        groups = [*plan_slices(batch.needed_tokens, copies, max_rows, overhead, max_positions)]
         if len(groups) == 1:
             groups = [None]
     hypotheses: list[int | str] = ["all"] if together else [*range(num_hypotheses)]

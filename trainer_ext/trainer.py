@@ -185,7 +185,7 @@ class MCLTrainer(SFTTrainer):
 
         Returns:
             TRL's output with one entry for each token of the rows that were run: `log_probs` is q_k log p_k of the row, with
-            its graph. `label_mask` is true in one row of each sequence, that of the largest weight; `entropy` and `is_top1`
+            its graph. `label_mask` is true in one row of each sequence, that of its largest weight; `entropy` and `is_top1`
             are zero in the others. TRL only sums these, so the order of the rows does not matter.
         """
         batch = SequenceBatch(inputs)
@@ -196,7 +196,9 @@ class MCLTrainer(SFTTrainer):
             row_weights, is_counted = weights.T, _is_largest(weights).T
         else:
             weights, winners = self._score(model, batch, is_training)
-            run, row_weights, is_counted = self._run_weighted(model, batch, weights)
+            is_largest = _is_largest(weights)
+            weights = self._thin_out(weights) if is_training else weights
+            run, row_weights, is_counted = self._run_weighted(model, batch, weights, is_largest)
         self._winners = winners
         if is_training and self._annealing_temperature() is not None:
             # One number for all processes: each must make the same calls, as a call may synchronise buffers or weights.
@@ -239,21 +241,21 @@ class MCLTrainer(SFTTrainer):
         )
 
     def _run_weighted(
-        self, model: nn.Module, batch: SequenceBatch, weights: torch.Tensor
+        self, model: nn.Module, batch: SequenceBatch, weights: torch.Tensor, is_counted: torch.Tensor
     ) -> tuple[TokenScores, torch.Tensor, torch.Tensor]:
         """Run the (sequence, hypothesis) rows with a weight above zero.
 
         Returns:
-            The C * R rows that were run, their weights (C, R), and whether each is that of the largest weight of its sequence.
+            The C * R rows that were run, and of each its entries (C, R) of `weights` and `is_counted`, both of shape (B, K).
         """
         sequences, hypotheses = weights.nonzero(as_tuple=True)
         if len(sequences) == len(batch) and not batch.is_packed:
             # Exactly one row for each sequence, and `nonzero` keeps their order: nothing needs to be copied.
             run = score_tokens(model, self._positions, batch, hypotheses)
-            return run, weights.max(dim=1).values[None], torch.ones_like(hypotheses, dtype=torch.bool)[None]
+            return run, weights[sequences, hypotheses][None], is_counted[sequences, hypotheses][None]
         if not batch.can_select:
             # Image patches and the like cannot be selected by row: all rows are run, some with weight zero.
-            return self._run_all(model, batch), weights.T, _is_largest(weights).T
+            return self._run_all(model, batch), weights.T, is_counted.T
         parts = plan_rows(batch, sequences.tolist(), hypotheses.tolist(), self._runs_in_parts)
         order = torch.tensor([row for part in parts for row in part], device=weights.device)
         runs = []
@@ -261,7 +263,7 @@ class MCLTrainer(SFTTrainer):
             chosen = batch.select(sequences[part].tolist(), self.args.pad_to_multiple_of)
             runs.append(score_tokens(model, self._positions, chosen, hypotheses[part]))
         sequences, hypotheses = sequences[order], hypotheses[order]
-        return join_rows(runs), weights[sequences, hypotheses][None], _is_largest(weights)[sequences, hypotheses][None]
+        return join_rows(runs), weights[sequences, hypotheses][None], is_counted[sequences, hypotheses][None]
 
     def _score(self, model: nn.Module, batch: SequenceBatch, is_training: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The weights (B, K) and winners (B,) of a batch, from scores without a graph and without dropout."""
@@ -293,8 +295,7 @@ class MCLTrainer(SFTTrainer):
         for key, winner, was_scored in everywhere:
             remembered.visit(key, winner if was_scored else None)
         self._watch_wins({winner for _, winner, _ in everywhere})
-        weights = winner_weights(self.args.objective, winners, self._num_hypotheses, self.args.relaxed_epsilon)
-        return self._thin_out(weights, self._generator(is_training=True)), winners
+        return winner_weights(self.args.objective, winners, self._num_hypotheses, self.args.relaxed_epsilon), winners
 
     def _score_part(
         self, model: nn.Module, batch: SequenceBatch, sequences: list[int], is_training: bool
@@ -339,23 +340,24 @@ class MCLTrainer(SFTTrainer):
         """
         if is_training:
             self._last_temperature = self.temperature
-        generator = self._generator(is_training)
         weights, winners = assignment_weights(
             self.args.objective if is_training else "wta",
             scores,
             num_tokens,
             epsilon=self.args.relaxed_epsilon,
             temperature=self._annealing_temperature(),
-            generator=generator,
+            generator=self._generator(is_training),
         )
         self._watch_wins(self._record(scores, num_tokens, winners))
-        return self._thin_out(weights, generator) if is_training else weights, winners
+        return weights, winners
 
-    def _thin_out(self, weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Fewer rows to train, by the options that the user has chosen."""
+    def _thin_out(self, weights: torch.Tensor) -> torch.Tensor:
+        """Fewer rows to train, by the options that the user has chosen. The largest weights stay."""
         if self.args.min_weight > 0:
             weights = drop_small_weights(weights, self.args.min_weight)
-        return sample_losers(weights, generator) if self.args.sample_losers else weights
+        if self.args.sample_losers:
+            weights = sample_losers(weights, self._generator(is_training=True))
+        return weights
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         if self.args.loss_normalization == "sequence":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 from collections.abc import Iterable
@@ -178,6 +179,25 @@ def sequences_of(batch: dict[str, torch.Tensor]) -> list[tuple[list[int], list[i
         length = int(mask.sum())
         rows.append((ids[:length].tolist(), labels[:length].tolist()))
     return rows
+
+
+def unpacked(batch: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
+    """The sequences of TRL's packed row, told by the positions that start again."""
+    ids, labels, positions = (batch[name][0].tolist() for name in ("input_ids", "labels", "position_ids"))
+    starts = [place for place, position in enumerate(positions) if position == 0] + [len(ids)]
+    return [(ids[a:b], labels[a:b]) for a, b in itertools.pairwise(starts)]
+
+
+def padded_batch(sequences: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+    """Sequences as rows, padded on the right."""
+    longest = max(len(ids) for ids, _ in sequences)
+    fill = [(ids + [0] * (longest - len(ids)), labels + [-100] * (longest - len(ids))) for ids, labels in sequences]
+    mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in sequences]
+    return {
+        "input_ids": torch.tensor([ids for ids, _ in fill]),
+        "labels": torch.tensor([labels for _, labels in fill]),
+        "attention_mask": torch.tensor(mask),
+    }
 
 
 def log_likelihood(model: nn.Module, ids: list[int], labels: list[int], hypothesis: int) -> torch.Tensor:

@@ -162,11 +162,20 @@ def partitions(items):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(1, 4), st.integers(1, 16), st.integers(0, 200))
-def test_no_other_plan_is_cheaper(lengths, copies, max_rows, overhead):
-    groups = plan_slices(lengths, copies, max_rows, overhead)
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=6),
+    st.integers(1, 4),
+    st.integers(1, 16),
+    st.integers(0, 200),
+    st.integers(0, 300),
+)
+def test_no_other_plan_is_cheaper(lengths, copies, max_rows, overhead, max_positions):
+    def is_allowed(group):
+        rows = copies * len(group)
+        return len(group) == 1 or rows <= max_rows or rows * max(lengths[index] for index in group) <= max_positions
+
+    groups = plan_slices(lengths, copies, max_rows, overhead, max_positions)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
-    largest = max(1, max_rows // copies)
-    assert all(len(group) <= largest for group in groups)
-    others = [p for p in partitions(list(range(len(lengths)))) if all(len(group) <= largest for group in p)]
+    assert all(is_allowed(group) for group in groups)
+    others = [p for p in partitions(list(range(len(lengths)))) if all(is_allowed(group) for group in p)]
     assert cost(groups, lengths, copies, overhead) == min(cost(p, lengths, copies, overhead) for p in others)

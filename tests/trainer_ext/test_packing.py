@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from datasets import Dataset
@@ -19,9 +17,11 @@ from tests.trainer_ext.reference import (
     gradients_by_hand,
     log_likelihood,
     logged,
+    padded_batch,
     ragged_pairs,
     ragged_rows,
     trainer_for,
+    unpacked,
     weights_by_hand,
 )
 
@@ -43,13 +43,6 @@ LAYOUTS = {
     },
 }
 FROZEN = {"learning_rate": 0.0, "max_grad_norm": 0.0, "max_steps": -1, "num_train_epochs": 1}
-
-
-def unpacked(batch: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
-    """The sequences of TRL's packed row, told by the positions that start again."""
-    ids, labels, positions = (batch[name][0].tolist() for name in ("input_ids", "labels", "position_ids"))
-    starts = [place for place, position in enumerate(positions) if position == 0] + [len(ids)]
-    return [(ids[a:b], labels[a:b]) for a, b in itertools.pairwise(starts)]
 
 
 def train_packed(tmp_path, monkeypatch, model, data=None, **options):
@@ -110,17 +103,6 @@ def test_gradients_equal_brute_force_on_the_unpacked_sequences(tmp_path, monkeyp
         assert len(winners) > 1 or len(sequences) < 3, "one row should hold several winners"
         padded = padded_batch(sequences)
         assert_same_gradients(gradients, gradients_by_hand(reference, [padded], [q], normalization), 2e-5)
-
-
-def padded_batch(sequences):
-    longest = max(len(ids) for ids, _ in sequences)
-    fill = [(ids + [0] * (longest - len(ids)), labels + [-100] * (longest - len(ids))) for ids, labels in sequences]
-    mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in sequences]
-    return {
-        "input_ids": torch.tensor([ids for ids, _ in fill]),
-        "labels": torch.tensor([labels for _, labels in fill]),
-        "attention_mask": torch.tensor(mask),
-    }
 
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}], ids=str)

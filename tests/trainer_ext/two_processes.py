@@ -18,11 +18,14 @@ from tests.trainer_ext.reference import (
     RecordingCollator,
     adapted_llama,
     logged,
+    padded_batch,
     ragged_pairs,
     ragged_rows,
     tokenized,
     trainer_for,
+    unpacked,
 )
+from trainer_ext import MCLTrainer
 
 
 # Two processes with two micro-batches of two rows: the eight rows are one optimizer step.
@@ -37,7 +40,13 @@ CASES: dict[str, dict[str, Any]] = {
         {"objective": "annealed", "initial_temperature": 0.5, "temperature_decay": 0.9},
         {"objective": "random"},
     )
-} | {"processes of one mind": COLD}
+} | {
+    "processes of one mind": COLD,
+    "different numbers of scoring calls": {"objective": "wta"},
+    "remembered": {"objective": "wta", "score_every": 2},
+    "sampled losers": {"objective": "relaxed", "relaxed_epsilon": 0.3, "sample_losers": True},
+    "without padding": {"objective": "wta", "padding_free": True, "data_collator": None},
+}
 
 
 def rows_of(case: str) -> Any:
@@ -47,17 +56,35 @@ def rows_of(case: str) -> Any:
         empty = ([5, 6, 7], [-100, -100, -100])
         first, second, third, fourth = (([3 + row, 20 + row, 40 + row],) * 2 for row in range(4))
         return tokenized([empty, empty, first, second, empty, empty, third, fourth])
+    if case == "different numbers of scoring calls":
+        # The first process gets rows of one length; in the second the short ones are scored apart from the long ones.
+        short = [([3 + row, 20, 40 + row],) * 2 for row in range(3)]
+        long = [(list(range(5 + row, 55 + row)) * 3,) * 2 for row in range(1)]
+        return tokenized(2 * [short[0], short[1], short[2], *long])
     return ragged_rows(ROWS, without_labels=(3,))
 
 
 def run(case: str, output_dir: Path, **options: Any) -> dict[str, Any]:
     """Train at learning rate zero and evaluate; returns what this process saw."""
     collator, gradients, weights, calls = RecordingCollator(), Gradients(), [], []
+    packed: list[dict[str, Any]] = []
+
+    current: list[torch.Tensor] = []
 
     def record_weights(*args: Any, **kwargs: Any) -> Any:
         found = assignment(*args, **kwargs)
-        weights.append(found[0].clone())
+        current.append(found[0].clone())
         return found
+
+    def record_run(self: Any, model: Any, batch: Any, own: torch.Tensor, is_counted: torch.Tensor) -> Any:
+        current.append(own.clone())
+        return weighted(self, model, batch, own, is_counted)
+
+    def record_weights_of_batch(self: Any, *args: Any) -> Any:
+        current.clear()
+        answer = compete(self, *args)
+        weights.append(current[-1])
+        return answer
 
     def record_call(*args: Any) -> Any:
         calls.append("run")
@@ -68,6 +95,8 @@ def run(case: str, output_dir: Path, **options: Any) -> dict[str, Any]:
         return scoring(*args)
 
     assignment, trainer_module.assignment_weights = trainer_module.assignment_weights, record_weights
+    weighted, MCLTrainer._run_weighted = MCLTrainer._run_weighted, record_run  # type: ignore[method-assign]
+    compete, MCLTrainer._compete = MCLTrainer._compete, record_weights_of_batch  # type: ignore[method-assign]
     running, trainer_module.score_tokens = trainer_module.score_tokens, record_call
     scoring, trainer_module.score_sequences = trainer_module.score_sequences, record_scoring
     try:
@@ -87,15 +116,19 @@ def run(case: str, output_dir: Path, **options: Any) -> dict[str, Any]:
             model=adapted_llama(),
             data=rows_of(case),
             eval_dataset=ragged_pairs(7, seed=5),
-            data_collator=collator,
             callbacks=[gradients],
-            **{**defaults, **CASES[case], **options},
+            **{"data_collator": collator, **defaults, **CASES[case], **options},
         )
+        if trainer.padding_free:
+            collate = trainer.data_collator
+            trainer.data_collator = lambda rows: packed.append(collate(rows)) or packed[-1]
         trainer.train()
-        found = {"batches": collator.batches[: STEPS * ACCUMULATION], "weights": list(weights), "calls": list(calls)}
+        batches = [padded_batch(unpacked(batch)) for batch in packed] or collator.batches
+        found = {"batches": batches[: STEPS * ACCUMULATION], "weights": list(weights), "calls": list(calls)}
         metrics = trainer.evaluate()
     finally:
         trainer_module.assignment_weights = assignment
+        MCLTrainer._run_weighted, MCLTrainer._compete = weighted, compete  # type: ignore[method-assign]
         trainer_module.score_tokens, trainer_module.score_sequences = running, scoring
     return {
         **found,
