@@ -151,8 +151,8 @@ class MCLoraModel(BaseTuner):
             packed_ends = inputs.get("cu_seq_lens_q") if batch_size == 1 else None
             route = routing.parse_hypotheses(hypotheses, self.num_hypotheses, batch_size, packed_ends)
             if route.blocks is not None and batch_size is not None:
-                route = replace(route, run_once=not self._records_layers(inputs))
                 inputs = routing.expand_inputs(inputs, route.blocks, batch_size)
+                route = replace(route, run_once=not self._records_layers(inputs))
                 args = tuple(inputs.pop(name) for name in names)
                 kwargs = inputs
             self.routing.stack[-1] = (route, True)
@@ -164,7 +164,7 @@ class MCLoraModel(BaseTuner):
         """Whether the call returns what is inside of the layers, which all have to see all rows then."""
         names = ("output_hidden_states", "output_attentions", "output_router_logits")
         config = getattr(self.model, "config", None)
-        text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
+        text_config = getattr(config, "get_text_config", lambda: None)()
         return any(inputs.get(name) or getattr(text_config, name, False) for name in names)
 
     def _leave_call(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:

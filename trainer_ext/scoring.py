@@ -94,6 +94,8 @@ class SupervisedPositions:
         finally:
             self._batch = self._scores = None
 
+    # A compiled backbone would be compiled anew for each batch that it finds here.
+    @torch.compiler.disable
     def _select(self, backbone: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._batch is None:
             return None

@@ -6,12 +6,32 @@ import copy
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from trl.trainer.utils import add_fused_lm_head
 
 from tests.tiny import FAMILIES, PAD, SPECIAL, VOCABULARY, tiny_llama, with_hypotheses
 from trainer_ext.batches import SequenceBatch
-from trainer_ext.scoring import SupervisedPositions, score_tokens
+from trainer_ext.scoring import (
+    POSITIONS_OF_LOGITS,
+    SupervisedPositions,
+    logit_transform,
+    plan_scoring,
+    score_sequences,
+    score_tokens,
+)
 
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
@@ -217,3 +237,86 @@ def test_scores_of_half_precision_models_are_summed_in_float32():
     model, positions, _ = scored_model(tiny_llama().to(torch.bfloat16))
     scored = score_tokens(model, positions, SequenceBatch(batch()), "all")
     assert scored.log_probs.dtype == scored.per_sequence().dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scores without a graph, by a head of their own
+
+HEADS = {
+    "llama": lambda small: tiny_llama(),
+    "gpt2": lambda small: FAMILIES["gpt2"](),
+    # A tanh on the logits.
+    "gemma2": lambda small: Gemma2ForCausalLM(Gemma2Config(final_logit_softcapping=0.05, head_dim=8, **small)),
+    # Factors on the logits.
+    "cohere": lambda small: CohereForCausalLM(CohereConfig(logit_scale=0.3, **small)),
+    "granite": lambda small: GraniteForCausalLM(GraniteConfig(logits_scaling=4.0, **small)),
+    # A bias of the head.
+    "phi": lambda small: PhiForCausalLM(PhiConfig(**{**small, "num_key_value_heads": 2})),
+    "mixtral": lambda small: mixtral(),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@torch.no_grad()
+def test_sums_of_the_scoring_head_are_those_of_the_logits(name):
+    torch.manual_seed(0)
+    base = HEADS[name]({key: value for key, value in SMALL.items() if key != "output_router_logits"})
+    if getattr(base.lm_head, "bias", None) is not None:
+        base.lm_head.bias.normal_()
+    model, positions, reference = scored_model(base)
+    inputs = SequenceBatch(batch())
+    for budget in (None, 1, 5):
+        scores = score_sequences(model, positions, inputs, 3, plan_scoring(inputs, 3, budget))
+        for hypothesis in range(3):
+            log_probs, _, _ = log_softmax_of_logits(reference, inputs.inputs, hypothesis)
+            sums = torch.stack([log_probs[:5].sum(), log_probs[5:9].sum(), log_probs[9], torch.tensor(0.0)])
+            torch.testing.assert_close(scores[:, hypothesis], sums, **EXACT)
+    # They are also those of TRL's head.
+    torch.testing.assert_close(scores, score_tokens(model, positions, inputs, "all").per_sequence().T, **EXACT)
+    transform = {"gemma2": (1.0, 0.05), "cohere": (0.3, None), "granite": (0.25, None)}
+    assert logit_transform(base.config) == transform.get(name, (1.0, None))
+
+
+@torch.no_grad()
+def test_more_positions_than_logits_at_a_time():
+    model, positions, reference = scored_model(tiny_llama(max_position_embeddings=256))
+    ids = torch.randint(3, VOCABULARY, (3, 2 * POSITIONS_OF_LOGITS // 3 + 40))
+    inputs = SequenceBatch({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+    assert len(inputs.targets) > 2 * POSITIONS_OF_LOGITS
+    sizes = []
+    original = torch.nn.functional.cross_entropy
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.nn.functional,
+            "cross_entropy",
+            lambda logits, *args, **kwargs: sizes.append(len(logits)) or original(logits, *args, **kwargs),
+        )
+        scores = score_sequences(model, positions, inputs, 3, plan_scoring(inputs, 3))
+    assert max(sizes) == POSITIONS_OF_LOGITS
+    assert sum(sizes) == 3 * len(inputs.targets)
+    for hypothesis in range(3):
+        log_probs, _, _ = log_softmax_of_logits(reference, inputs.inputs, hypothesis)
+        torch.testing.assert_close(scores[:, hypothesis], log_probs.view(3, -1).sum(dim=1), **EXACT)
+
+
+def test_scoring_makes_no_graph_and_leaves_the_model_as_it_was():
+    model, positions, _ = scored_model(tiny_llama())
+    inputs = SequenceBatch(batch())
+    before = {name: value.clone() for name, value in inputs.inputs.items()}
+    expected = score_tokens(model, positions, inputs, 1).log_probs
+    scores = score_sequences(model, positions, inputs, 3, plan_scoring(inputs, 3))
+    assert not scores.requires_grad
+    assert torch.equal(score_tokens(model, positions, inputs, 1).log_probs, expected)
+    assert inputs.inputs.keys() == before.keys()
+    assert all(torch.equal(inputs.inputs[name], before[name]) for name in before)
+
+
+@torch.no_grad()
+def test_scores_of_half_precision_are_float32_sums():
+    model, positions, reference = scored_model(tiny_llama().to(torch.bfloat16))
+    inputs = SequenceBatch(batch())
+    scores = score_sequences(model, positions, inputs, 3, plan_scoring(inputs, 3))
+    assert scores.dtype == torch.float32
+    for hypothesis in range(3):
+        log_probs, _, _ = log_softmax_of_logits(reference, inputs.inputs, hypothesis)
+        torch.testing.assert_close(scores[0, hypothesis], log_probs[:5].sum(), rtol=1e-2, atol=1e-2)

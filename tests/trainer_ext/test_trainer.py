@@ -1151,3 +1151,29 @@ def test_hypotheses_take_a_mode_each(tmp_path):
         do_sample=False,
     )
     assert {" " + words for words in trainer.processing_class.batch_decode(decoded[:, 1:])} == set(ways)
+
+
+class CompiledGraphs(TrainerCallback):
+    """The number of graphs that have been compiled by the end of each step."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_step_end(self, *args, **kwargs):
+        self.counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["wta", "relaxed"])
+def test_a_compiled_model_is_not_compiled_anew_for_each_batch(tmp_path, objective):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs, losses = CompiledGraphs(), []
+    for options in ({"torch_compile": True, "torch_compile_backend": "eager", "callbacks": [graphs]}, {}):
+        data = ragged_rows(40)
+        trainer = trainer_for(tmp_path, model=adapted_llama(), data=data, max_steps=10, objective=objective, **options)
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    # Lengths and winners change from step to step, which is found out in the first three. The last batch has fewer rows.
+    assert 0 < graphs.counts[2] == graphs.counts[8]
