@@ -52,6 +52,33 @@ class ScoreWindow:
         self._winners.clear()
 
 
+class WinWatch:
+    """Notices hypotheses that have not won for a while.
+
+    Args:
+        num_hypotheses (`int`): K.
+        patience (`int`): Optimizer steps without a win.
+        step (`int`): The step at which watching begins.
+    """
+
+    def __init__(self, num_hypotheses: int, patience: int, step: int) -> None:
+        self.patience = patience
+        self._last_win = [step] * num_hypotheses
+        self._named: set[int] = set()
+
+    def update(self, winners: set[int], step: int) -> list[tuple[int, int]]:
+        """Tell who won at a step; returns each hypothesis that has just run out of patience, and its steps without a win."""
+        found = []
+        for hypothesis, last in enumerate(self._last_win):
+            if hypothesis in winners:
+                self._last_win[hypothesis] = step
+                self._named.discard(hypothesis)
+            elif step - last >= self.patience and hypothesis not in self._named:
+                self._named.add(hypothesis)
+                found.append((hypothesis, step - last))
+        return found
+
+
 def competition_metrics(scores: torch.Tensor, num_tokens: torch.Tensor, winners: torch.Tensor) -> dict[str, float]:
     """How well the hypotheses explain the sequences, and how they share them.
 

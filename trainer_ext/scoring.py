@@ -116,12 +116,16 @@ class SupervisedPositions:
             tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in (head.weight, head.bias)
         )
         scale, cap = logit_transform(self.base_model.config)
-        flat = hidden.flatten(0, 1).to(weight.device)
+        device = weight.device
+        # Once, and not by autocast for every part: it keeps no copy of a frozen weight.
+        is_autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if is_autocast else hidden.dtype
+        flat = hidden.flatten(0, 1).to(device, dtype)
         labels = targets.to(weight.device).repeat(len(hidden))
         parts = [flat.new_zeros(0, dtype=torch.float32)]
         with maybe_gather_lm_head_ctx(weight, bias):
-            weight = weight.to(flat.dtype)
-            bias = None if bias is None else bias.to(flat.dtype)
+            weight = weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
             for start in range(0, len(flat), POSITIONS_OF_LOGITS):
                 stop = start + POSITIONS_OF_LOGITS
                 logits = F.linear(flat[start:stop], weight, bias).float()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
 from trainer_ext import checks
 from trainer_ext.batches import SequenceBatch
 from trainer_ext.config import MCLConfig
-from trainer_ext.metrics import ScoreWindow
+from trainer_ext.metrics import ScoreWindow, WinWatch
+from trainer_ext.noise import evaluation_mode, has_dropout
 from trainer_ext.objectives import (
     assignment_weights,
     decay_for,
@@ -158,8 +158,7 @@ class MCLTrainer(SFTTrainer):
     def _forget_earlier_runs(self) -> None:
         self._train_window = ScoreWindow()
         self._draws = (-1, 0)
-        self._last_win: list[int] | None = None
-        self._warned: set[int] = set()
+        self._wins: WinWatch | None = None
         self._last_temperature = self.args.initial_temperature
         self._weighted_share = 1.0
         self._remembered = RememberedWinners(self.args.score_every) if self.args.score_every > 1 else None
@@ -434,23 +433,18 @@ class MCLTrainer(SFTTrainer):
         if not self.model.training or not patience or self.args.objective == "random" or num_hypotheses == 1:
             return
         step = self.state.global_step
-        if self._last_win is None:
-            self._last_win = [step] * num_hypotheses
-        for hypothesis in range(num_hypotheses):
-            if hypothesis in winners:
-                self._last_win[hypothesis] = step
-                self._warned.discard(hypothesis)
-            elif step - self._last_win[hypothesis] >= patience and hypothesis not in self._warned:
-                self._warned.add(hypothesis)
-                if self.is_world_process_zero():
-                    logger.warning(
-                        "Hypothesis %d has won no sequence for %d steps (up to step %d): it is no longer trained, or only by "
-                        "the share of the losers. A slower annealing or `objective='relaxed'` with a larger "
-                        "`relaxed_epsilon` keeps hypotheses alive.",
-                        hypothesis,
-                        step - self._last_win[hypothesis],
-                        step,
-                    )
+        if self._wins is None:
+            self._wins = WinWatch(num_hypotheses, patience, step)
+        for hypothesis, steps in self._wins.update(winners, step):
+            if self.is_world_process_zero():
+                logger.warning(
+                    "Hypothesis %d has won no sequence for %d steps (up to step %d): it is no longer trained, or only by "
+                    "the share of the losers. A slower annealing or `objective='relaxed'` with a larger "
+                    "`relaxed_epsilon` keeps hypotheses alive.",
+                    hypothesis,
+                    steps,
+                    step,
+                )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As SFTTrainer; training logs get the metrics of the competition since the last log."""
@@ -541,36 +535,6 @@ class _Competition:
         # TRL asks again without the fused head for the logits of `compute_metrics`: those of the winners.
         hypotheses = 0 if self.trainer._num_hypotheses == 1 else self.trainer._winners
         return self.model(**inputs, hypotheses=hypotheses)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off, and put every module back as it was."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def has_dropout(model: Any) -> bool:
-    """Whether a training forward of `model` is random: dropout modules, or dropout rates in its configuration."""
-    modules = (module.p > 0 for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd))
-    config = model.config.to_dict() if hasattr(model, "config") else {}
-    return any(modules) or _has_dropout_rate(config)
-
-
-def _has_dropout_rate(config: dict[str, Any]) -> bool:
-    for name, value in config.items():
-        if isinstance(value, dict) and _has_dropout_rate(value):  # The parts of a multimodal model.
-            return True
-        # Not all keys are strings (`id2label`).
-        if "drop" in str(name) and isinstance(value, (int, float)) and value > 0:
-            return True
-    return False
 
 
 def _is_largest(weights: torch.Tensor) -> torch.Tensor:
