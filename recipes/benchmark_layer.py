@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -203,11 +204,9 @@ def kept_megabytes(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the ways to apply K low-rank updates in one layer.")
-    parser.add_argument(
-        "--widths", type=int, nargs="+", default=[576, 1024, 2048, 4096], help="input and output features"
-    )
+    parser.add_argument("--widths", type=int, nargs="+", default=[576, 2048, 4096], help="input and output features")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
-    parser.add_argument("--hypotheses", type=int, nargs="+", default=[1, 3, 5, 16])
+    parser.add_argument("--hypotheses", type=int, nargs="+", default=[1, 5, 16])
     parser.add_argument("--rows", type=int, nargs="+", default=[4, 32], help="sequences of a batch")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a sequence (their mean in a packed row)")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
@@ -248,12 +247,35 @@ def main() -> None:
             )
             table.add_row(dtype, str(width), str(rank), str(count), str(rows), *shown(found, SITUATIONS[situation]))
         console.print(table)
+        console.print(summary(situation, cells))
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     partial = args.output.with_suffix(".partial")
     partial.write_text(json.dumps({"torch": torch.__version__, "threads": args.threads, "cells": cells}, indent=1))
     os.replace(partial, args.output)
     console.print(f"Written to {args.output}.")
+
+
+def summary(situation: str, cells: list[dict[str, Any]]) -> Table:
+    """How the ways compare over all cells of a situation."""
+    own = [cell["ways"] for cell in cells if cell["situation"] == situation]
+    table = Table(title=f"{situation}, {len(own)} cells", title_justify="left")
+    for column in ("way", "median % of the frozen layer", "times the best, median", "worst", "best in"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    for way in SITUATIONS[situation]:
+        shares, times_best = [], []
+        for found in own:
+            if found[way]["seconds"] is not None:
+                best = min(found[name]["seconds"] or float("inf") for name in SITUATIONS[situation])
+                shares.append(100 * found[way]["seconds"] / found["frozen layer"]["seconds"])
+                times_best.append(found[way]["seconds"] / best)
+        if times_best:
+            middle, worst = statistics.median(times_best), max(times_best)
+            won = sum(value == 1.0 for value in times_best)
+            table.add_row(
+                way, f"{statistics.median(shares):.0f}", f"{middle:.2f}", f"{worst:.2f}", f"{won} of {len(shares)}"
+            )
+    return table
 
 
 def shown(found: dict[str, dict[str, float | None]], ways: tuple[str, ...]) -> list[str]:
