@@ -164,6 +164,8 @@ class MCLoraLayer(nn.Module, BaseTunerLayer):
             self._check_route_is_merged(route)
             return self.base_layer(x, *args, **kwargs)
 
+        if route.run_once and not torch.compiler.is_compiling():
+            self.routing.tell_apart(route)
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)

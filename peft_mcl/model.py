@@ -165,7 +165,8 @@ class MCLoraModel(BaseTuner):
         names = ("output_hidden_states", "output_attentions", "output_router_logits")
         config = getattr(self.model, "config", None)
         text_config = getattr(config, "get_text_config", lambda: None)()
-        return any(inputs.get(name) or getattr(text_config, name, False) for name in names)
+        given = {name: inputs.get(name) for name in names}
+        return any(getattr(text_config, name, False) if value is None else value for name, value in given.items())
 
     def _leave_call(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the base model, run also when its forward raised."""

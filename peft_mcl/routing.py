@@ -106,6 +106,7 @@ class _ThreadStack(threading.local):
     # Called for each thread. There from the start, so that a compiled model does not find something new after a call.
     def __init__(self) -> None:
         self.stack: list[tuple[Route | None, bool]] = []
+        self.told_apart: Route | None = None
 
 
 class Routing:
@@ -137,6 +138,14 @@ class Routing:
         """The route that a call of the base model takes over from `generate`, or None if there is none."""
         stack = self.stack
         return None if not stack or stack[-1][1] else stack[-1][0]
+
+    def tell_apart(self, route: Route) -> None:
+        """Note that an adapter has run under a route with `run_once`: from here on the copies of a row differ."""
+        self._local.told_apart = route
+
+    def are_told_apart(self, route: Route) -> bool:
+        """Whether an adapter has run under this very route."""
+        return self._local.told_apart is route
 
     @contextmanager
     def use(self, route: Route | None, running: bool = False) -> Iterator[None]:
@@ -211,12 +220,23 @@ def parse_hypotheses(
         return Route(hypothesis=0) if num_hypotheses == 1 else Route(blocks=num_hypotheses)
     if isinstance(hypotheses, torch.Tensor):
         if packed_ends is not None:
-            index = _check_index(hypotheses, num_hypotheses, len(packed_ends) - 1, "sequences of the packed row")
-            return Route(runs=_merge_runs(index.tolist(), packed_ends.tolist()))
+            bounds = _check_bounds(packed_ends)
+            index = _check_index(hypotheses, num_hypotheses, len(bounds) - 1, "sequences of the packed row")
+            return Route(runs=_merge_runs(index.tolist(), bounds))
         return Route(index=_check_index(hypotheses, num_hypotheses, batch_size))
     if as_int(hypotheses) is None:
         raise ValueError(f"`hypotheses` must be {ALLOWED}, got {hypotheses!r} of type {type(hypotheses).__name__}.")
     return Route(hypothesis=check_hypothesis(hypotheses, num_hypotheses, "hypotheses"))
+
+
+def _check_bounds(packed_ends: torch.Tensor) -> list[int]:
+    bounds = packed_ends.tolist()
+    if len(bounds) < 2 or bounds[0] != 0 or sorted(bounds) != bounds:
+        raise ValueError(
+            "`cu_seq_lens_q` must hold the bounds of the sequences of the packed row, from 0 to its number of tokens, got "
+            f"{bounds}."
+        )
+    return bounds
 
 
 def _merge_runs(hypotheses: list[int], bounds: list[int]) -> tuple[Run, ...]:

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from peft_mcl.routing import PACKED_BOUNDS, Routing
+from peft_mcl.routing import Routing, name_inputs
 
 
 def modules_before_adapters(model: nn.Module, is_adapted: Callable[[nn.Module], bool]) -> list[nn.Module]:
@@ -73,7 +72,8 @@ def _place_in_list(model: nn.Module, name: str) -> tuple[str, int] | None:
 class RunOnce:
     """Forward hooks that let a module see one copy of the rows of a call with `hypotheses="all"`.
 
-    They do nothing where its output would not be the same for all copies (dropout) or its rows are not in dimension 0.
+    They do nothing where its output would not be the same for all copies (dropout, layers that run again), or where it takes
+    inputs other than those of an ordinary decoder layer.
 
     Args:
         module (`nn.Module`): One of `modules_before_adapters`.
@@ -82,7 +82,8 @@ class RunOnce:
 
     def __init__(self, module: nn.Module, routing: Routing) -> None:
         self.routing = routing
-        self.is_random = _has_dropout(module)
+        self.is_random = _has_noise(module)
+        self.is_repeated = False
         self._running = _Running()
         # Bound methods: they are copied and pickled with the model.
         self.handles = [
@@ -98,12 +99,16 @@ class RunOnce:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             return None
-        copies = 1 if self.is_random and module.training else self._copies((args, kwargs))
+        copies = self._copies(module, args, kwargs)
         self._running.copies.append(copies)
         if copies == 1:
             return None
-        all_rows = _rows((args, kwargs))
-        return _map((args, kwargs), lambda tensor: tensor[: all_rows // copies] if len(tensor) == all_rows else tensor)
+        rows = len(_first(args, kwargs)) // copies
+        # A single dimension is that of the tokens.
+        return _map(
+            (args, kwargs),
+            lambda tensor: tensor[:rows] if tensor.dim() > 1 and len(tensor) == rows * copies else tensor,
+        )
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if torch.compiler.is_compiling() or not self._running.copies:
@@ -111,15 +116,22 @@ class RunOnce:
         copies = self._running.copies.pop()
         if copies == 1 or output is None:
             return None
-        rows = _rows((args, kwargs))
+        rows = len(_first(args, kwargs))
         return _map(output, lambda tensor: torch.cat([tensor] * copies) if len(tensor) == rows else tensor)
 
-    def _copies(self, inputs: Any) -> int:
+    def _copies(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """K, or 1 if the call has to run as it is."""
         route = self.routing.current
-        if route is None or route.blocks is None or not route.run_once or not _is_shareable(inputs):
+        if route is None or route.blocks is None or not route.run_once or self.is_repeated:
             return 1
-        return route.blocks if _rows(inputs) % route.blocks == 0 else 1
+        is_recomputed = torch._C._current_graph_task_id() != -1
+        if self.routing.are_told_apart(route) and not is_recomputed:
+            # A model that runs its layers several times: the second time the rows differ.
+            self.is_repeated = True
+            return 1
+        if (self.is_random and module.training) or not _has_known_inputs(module, args, kwargs, route.blocks):
+            return 1
+        return route.blocks
 
     # Running calls belong to this process.
     def __getstate__(self) -> dict[str, Any]:
@@ -143,22 +155,38 @@ class _Running(threading.local):
         self.copies: list[int] = []
 
 
-def _is_shareable(inputs: Any) -> bool:
-    """No cache that would have to hold all rows, no bounds of packed rows, no tensor whose rows are not in dimension 0."""
-    _, kwargs = inputs
-    if any(kwargs.get(name) is not None for name in PACKED_BOUNDS):
+# What the decoder layers of transformers take, with rows in dimension 0, or a single row for all. Others (a cache, attention
+# biases by head, keys and values of other layers, bounds of packed rows) may depend on the rows in ways unknown here.
+_LAYER_INPUTS = frozenset({"attention_mask", "position_ids", "position_embeddings", "cache_position"})
+
+
+def _has_known_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], copies: int) -> bool:
+    """Whether the inputs are ids (rows, T) or hidden states (rows, T, width), and what belongs to the same rows."""
+    first = _first(args, kwargs)
+    if first is None or first.dim() not in (2, 3) or len(first) % copies != 0:
         return False
-    found = _leaves(inputs)
-    if any(isinstance(leaf, Cache) for leaf in found):
-        return False
+    names = name_inputs(type(module).forward, (module, *args))[1:]
+    rest = {**dict(zip(names, args, strict=True)), **kwargs}
+    for name, value in rest.items():
+        if value is first:
+            continue
+        for leaf in _leaves(value):
+            if isinstance(leaf, torch.Tensor):
+                if name not in _LAYER_INPUTS or (leaf.dim() > 1 and len(leaf) not in (1, len(first))):
+                    return False
+            elif not (leaf is None or isinstance(leaf, (bool, int, float, str))):
+                return False
     # (3, rows, ...): the positions of multimodal rotary embeddings.
-    return not any(isinstance(leaf, torch.Tensor) and leaf.dim() >= 3 and len(leaf) == 3 for leaf in found)
+    embeddings = [leaf for leaf in _leaves(rest.get("position_embeddings")) if isinstance(leaf, torch.Tensor)]
+    return all(leaf.dim() == 3 for leaf in embeddings) and not (
+        isinstance(rest.get("position_ids"), torch.Tensor) and rest["position_ids"].dim() > 2
+    )
 
 
-def _rows(inputs: Any) -> int:
-    """Dimension 0 of the first tensor: the ids or the hidden states."""
-    first = next((leaf for leaf in _leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim() > 0), None)
-    return 0 if first is None else len(first)
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The ids or the hidden states."""
+    first = args[0] if args else kwargs.get("hidden_states", kwargs.get("input"))
+    return first if isinstance(first, torch.Tensor) else None
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -181,11 +209,12 @@ def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return value
 
 
-def _has_dropout(module: nn.Module) -> bool:
-    """Whether a training forward is random: dropout modules, or rates that attention keeps as attributes."""
+def _has_noise(module: nn.Module) -> bool:
+    """Whether a training forward is random: dropout modules, or rates (of attention, of a router) kept as attributes."""
     for part in module.modules():
         if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
             return True
-        if any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(part).items()):
-            return True
+        for name, value in vars(part).items():
+            if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0:
+                return True
     return False

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 
 # (hypothesis, start, stop): tokens start .. stop - 1 belong to the hypothesis.
@@ -52,9 +51,11 @@ class _GatheredUpdate(torch.autograd.Function):
         return torch.bmm(middle, b[index].transpose(1, 2))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, a, b, index, middle = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # Second derivatives: what was kept has no graph.
+            middle = torch.bmm(x, a[index].transpose(1, 2)) * ctx.scaling
         # A product with the indicator of membership adds rows up in one go and, unlike atomic additions, always alike.
         members = torch.nn.functional.one_hot(index, len(a)).T.to(grad.dtype)
         grad_middle = torch.bmm(grad, b[index]) * ctx.scaling
@@ -83,9 +84,10 @@ class _SegmentedUpdate(torch.autograd.Function):
         return update
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, a, b, middle = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            middle = torch.cat([(x[start:stop] @ a[k].T) * ctx.scaling for k, start, stop in ctx.runs])
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
         for hypothesis, start, stop in ctx.runs:

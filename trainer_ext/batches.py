@@ -57,8 +57,10 @@ class SequenceBatch:
         """Whether sequences can be taken out: not where image patches, say, do not lie in rows."""
         if self.is_packed:
             return True
-        tensors = (value for value in self.inputs.values() if isinstance(value, torch.Tensor))
-        return all(value.dim() == 0 or len(value) == len(self) for value in tensors)
+        tensors = {name: value for name, value in self.inputs.items() if isinstance(value, torch.Tensor)}
+        return all(
+            value.dim() == 0 or value.shape[_row_dimension(name, value)] == len(self) for name, value in tensors.items()
+        )
 
     @cached_property
     def needed_tokens(self) -> list[int]:
@@ -79,10 +81,10 @@ class SequenceBatch:
         """
         if self.bounds is not None:
             return self._select_packed(sequences)
-        longest = max(self.needed_tokens[sequence] for sequence in sequences)
-        longest = -(-longest // (multiple_of or 1)) * (multiple_of or 1)
         # One more column of labels than of predictions.
-        columns = min(longest + 1, self.labels.shape[1]) if self._can_cut else self.labels.shape[1]
+        columns = max(self.needed_tokens[sequence] for sequence in sequences) + 1
+        columns = -(-columns // (multiple_of or 1)) * (multiple_of or 1)
+        columns = min(columns, self.labels.shape[1]) if self._can_cut else self.labels.shape[1]
         rows = torch.tensor(sequences, device=self.labels.device)
         return SequenceBatch({name: self._cut(name, value, rows, columns) for name, value in self.inputs.items()})
 
@@ -98,6 +100,8 @@ class SequenceBatch:
     def _cut(self, name: str, value: Any, rows: torch.Tensor, columns: int) -> Any:
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
             return value
+        if _row_dimension(name, value) == 1:
+            return value[:, rows, :columns]
         return value[rows, :columns] if name in TOKEN_INPUTS and value.dim() > 1 else value[rows]
 
     def _select_packed(self, sequences: list[int]) -> SequenceBatch:
@@ -143,6 +147,7 @@ class SequenceBatch:
         """
         ids, labels = self.inputs["input_ids"].cpu(), self.labels.cpu()
         mask = self.inputs.get("attention_mask")
+        mask = None if mask is None else mask.bool().cpu()
         others = [
             value.cpu()
             for name, value in sorted(self.inputs.items())
@@ -156,7 +161,7 @@ class SequenceBatch:
                 row, place = sequence, slice(None)
             pair = torch.stack([ids[row, place], labels[row, place]])
             if mask is not None:
-                pair = pair[:, mask[row, place].bool().cpu()]
+                pair = pair[:, mask[row, place]]
             # The first token is never a target, and packing masks its label.
             pair[1, :1] = -100
             digest = hashlib.blake2b(_bytes(pair), digest_size=8)
@@ -164,6 +169,11 @@ class SequenceBatch:
                 digest.update(_bytes(value[sequence]))
             keys.append(int.from_bytes(digest.digest(), "big") >> 1)
         return keys
+
+
+def _row_dimension(name: str, value: torch.Tensor) -> int:
+    # (3, batch, length): the position ids of multimodal rotary embeddings.
+    return 1 if name == "position_ids" and value.dim() == 3 else 0
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

@@ -247,8 +247,8 @@ def plan_scoring(batch: SequenceBatch, num_hypotheses: int, max_rows: int | None
         copies = num_hypotheses if together else 1
         overhead = OVERHEAD_OF_A_CALL * (1 if together else num_hypotheses)
         groups = [*plan_slices(batch.needed_tokens, copies, max_rows, overhead, max_positions)]
-        if len(groups) == 1:
-            groups = [None]
+        if len(groups) == 1 and max(batch.needed_tokens) + 1 >= width:
+            groups = [None]  # Nothing would be cut.
     hypotheses: list[int | str] = ["all"] if together else [*range(num_hypotheses)]
     return [ScoringCall(group, hypothesis) for group in groups for hypothesis in hypotheses]
 
@@ -272,13 +272,14 @@ def score_sequences(
         multiple_of (`int`, *optional*): Of the columns of padded rows.
     """
     scores = torch.zeros(len(batch), num_hypotheses, device=batch.labels.device)
+    has_router = getattr(positions.base_model.config.get_text_config(), "output_router_logits", False)
     chosen = batch
     for number, call in enumerate(calls):
         if number == 0 or call.sequences != calls[number - 1].sequences:
             chosen = batch if call.sequences is None else batch.select(call.sequences, multiple_of)
-        # Of the labels the model gets none; the load-balancing loss of experts has no use here.
-        left_out = ("labels", "output_router_logits")
-        inputs = {name: value for name, value in chosen.inputs.items() if name not in left_out}
+        inputs = {name: value for name, value in chosen.inputs.items() if name != "labels"}
+        if "output_router_logits" in inputs or has_router:
+            inputs["output_router_logits"] = False  # The load-balancing loss of experts has no use here.
         nothing = chosen.labels.new_zeros(1, 0)
         with positions.scored(chosen) as found:
             model(**inputs, shift_labels=nothing, hypotheses=call.hypotheses, fused_lm_head=True)

@@ -189,10 +189,14 @@ class MCLTrainer(SFTTrainer):
         """
         batch = SequenceBatch(inputs)
         is_training = self.model.training
+        if is_training:
+            self._last_temperature = self.temperature
         if self._num_hypotheses == 1 or (is_training and self._trains_all_rows()):
             run = self._run_all(model, batch)
             weights, winners = self._assign(run.per_sequence().T, batch.num_tokens, is_training)
-            row_weights, is_counted = weights.T, _is_largest(weights).T
+            is_largest = _is_largest(weights)
+            weights = self._thin_out(weights) if is_training else weights
+            row_weights, is_counted = weights.T, is_largest.T
         else:
             weights, winners = self._score(model, batch, is_training)
             is_largest = _is_largest(weights)
@@ -255,6 +259,10 @@ class MCLTrainer(SFTTrainer):
         if not batch.can_select:
             # Image patches and the like cannot be selected by row: all rows are run, some with weight zero.
             return self._run_all(model, batch), weights.T, is_counted.T
+        # What has nothing to learn needs no row, but a batch needs one, for its graph.
+        learns = batch.num_tokens[sequences] > 0
+        learns[0] |= not learns.any()
+        sequences, hypotheses = sequences[learns], hypotheses[learns]
         parts = plan_rows(batch, sequences.tolist(), hypotheses.tolist(), self._runs_in_parts)
         order = torch.tensor([row for part in parts for row in part], device=weights.device)
         runs = []
@@ -275,11 +283,16 @@ class MCLTrainer(SFTTrainer):
     def _score_what_is_due(
         self, model: nn.Module, batch: SequenceBatch, remembered: RememberedWinners
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not batch.can_select:
+            raise ValueError(
+                f"`score_every={self.args.score_every}` needs inputs with one row for each sequence, but these batches have "
+                "others (patches of images, say), which cannot be taken apart. Set it to 1."
+            )
         keys = batch.keys()
-        known = [remembered.look_up(key) for key in keys]
+        has_tokens = (batch.num_tokens > 0).tolist()
+        # Sequences with nothing to learn have no winner, and whatever stands for it does not matter.
+        known = [remembered.look_up(key) if counts else 0 for key, counts in zip(keys, has_tokens, strict=True)]
         due = [sequence for sequence, winner in enumerate(known) if winner is None]
-        if due and not batch.can_select:
-            due = list(range(len(batch)))
         scores, num_tokens = self._score_part(model, batch, due, is_training=True)
         found = pick_winners(scores, self._generator(is_training=True))
         self._record(scores, num_tokens, found)
@@ -289,7 +302,7 @@ class MCLTrainer(SFTTrainer):
         is_due = torch.zeros_like(winners)
         is_due[due] = 1
         # Every process remembers everything: in the next epoch a sequence may come to another one.
-        visits = torch.stack([torch.tensor(keys, device=winners.device), winners, is_due], dim=1)
+        visits = torch.stack([torch.tensor(keys, device=winners.device), winners, is_due], dim=1)[has_tokens]
         everywhere = [visit for visit in self._gather_ragged(visits, fill=-1).tolist() if visit[0] >= 0]
         for key, winner, was_scored in everywhere:
             remembered.visit(key, winner if was_scored else None)
@@ -323,7 +336,8 @@ class MCLTrainer(SFTTrainer):
         above 2/3. The share of the last batch stands for that of this one; the gradient is exact either way.
         Only without dropout: the winner is chosen without its noise (Shen et al., 2019).
         """
-        if self._has_dropout or self.args.sample_losers:
+        # One loser of two hypotheses is all of them.
+        if self._has_dropout or (self.args.sample_losers and self._num_hypotheses > 2):
             return False
         if self.args.objective == "relaxed":
             loser = self.args.relaxed_epsilon / (self._num_hypotheses - 1)
@@ -337,8 +351,6 @@ class MCLTrainer(SFTTrainer):
 
         In evaluation the best hypothesis has all the weight.
         """
-        if is_training:
-            self._last_temperature = self.temperature
         weights, winners = assignment_weights(
             self.args.objective if is_training else "wta",
             scores,

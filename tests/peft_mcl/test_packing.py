@@ -115,3 +115,18 @@ def test_a_layer_that_does_not_see_the_tokens_is_named():
     model = with_hypotheses(tiny_llama(), target_modules=["lm_head"])
     with pytest.raises(ValueError, match=r"packed row of 16 tokens.*exclude_modules"):
         model(**packed(sequences()), hypotheses=torch.tensor([0, 1, 2, 0]), logits_to_keep=3)
+
+
+@pytest.mark.parametrize("bounds", [[2, 9, 16], [0, 9, 5, 16], [0], []], ids=str)
+def test_bounds_that_are_none(bounds):
+    given = packed(sequences())
+    given["cu_seq_lens_q"] = torch.tensor(bounds, dtype=torch.int32)
+    with pytest.raises(ValueError, match="`cu_seq_lens_q` must hold the bounds"):
+        MODELS["llama"]()(**given, hypotheses=torch.tensor([0, 1]))
+
+
+def test_bounds_that_end_before_the_row():
+    given = packed(sequences())
+    given["cu_seq_lens_q"] = torch.tensor([0, 5, 10], dtype=torch.int32)
+    with pytest.raises(ValueError, match="packed row of 10 tokens"):
+        MODELS["llama"]()(**given, hypotheses=torch.tensor([0, 1]))

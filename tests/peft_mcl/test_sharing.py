@@ -7,6 +7,14 @@ import io
 
 import pytest
 import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from peft_mcl.layer import MCLoraLayer
 from peft_mcl.sharing import modules_before_adapters
@@ -200,3 +208,68 @@ def test_a_failed_call_leaves_nothing_behind():
     seen, output = rows_seen(model, lambda: model(**given, hypotheses="all"))
     assert seen == [2, 2, 2, 6, 6]
     assert torch.equal(output.logits, expected)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Models whose layers take more than their own rows
+
+
+def test_layers_that_run_again_see_all_rows_the_second_time():
+    """A looped decoder: the list of layers is run twice, so its first layer comes after the adapters, too."""
+    model = with_hypotheses(deep_llama(), **UPPER)
+    layers = model.get_base_model().model.layers
+    again = layers[2].register_forward_hook(lambda module, args, output: layers[0](output, position_embeddings=places))
+    given = inputs()
+    rotary = model.get_base_model().model.rotary_emb
+    places = rotary(torch.zeros(1), position_ids=torch.arange(7)[None])
+    for _ in range(2):
+        together = model(**given, hypotheses="all").logits
+        torch.testing.assert_close(together, one_at_a_time(model, given), rtol=1e-5, atol=1e-6)
+    again.remove()
+
+
+@pytest.mark.parametrize(("num_hypotheses", "rows"), [(4, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize("name", ["mpt", "bloom"])
+def test_attention_biases_by_head_are_not_taken_for_rows(name, num_hypotheses, rows):
+    small = {
+        "vocab_size": 64,
+        "n_layers" if name == "mpt" else "n_layer": 3,
+        "n_heads" if name == "mpt" else "n_head": 4,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if name == "mpt":
+            base = MptForCausalLM(MptConfig(d_model=16, max_seq_len=32, **small))
+        else:
+            base = BloomForCausalLM(BloomConfig(hidden_size=16, **small))
+    target = "Wqkv" if name == "mpt" else "query_key_value"
+    model = with_hypotheses(base, num_hypotheses, target_modules=[target], layers_to_transform=[1])
+    given = inputs(rows)
+    together = model(**given, hypotheses="all").logits
+    expected = one_at_a_time(model, given, num_hypotheses)
+    torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gemma_3n_with_its_four_streams():
+    config = Gemma3nTextConfig(
+        vocab_size=64,
+        vocab_size_per_layer_input=64,
+        hidden_size=16,
+        hidden_size_per_layer_input=8,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        laurel_rank=4,
+        num_kv_shared_layers=1,
+        layer_types=["full_attention"] * 4,
+        activation_sparsity_pattern=[0.0] * 4,
+        pad_token_id=PAD,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = with_hypotheses(Gemma3nForCausalLM(config), 4, target_modules=["q_proj"], layers_to_transform=[2])
+    given = inputs()
+    together = model(**given, hypotheses="all").logits
+    torch.testing.assert_close(together, one_at_a_time(model, given, 4), rtol=1e-4, atol=1e-5)

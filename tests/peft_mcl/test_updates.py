@@ -89,6 +89,7 @@ def test_gradients_by_finite_differences_for_whatever_needs_one(which):
         return segmented_update(x, a, b, ((2, 0, 1), (0, 1, 4), (2, 4, 6)), SCALING)
 
     assert torch.autograd.gradcheck(update, (x, a, b))
+    assert torch.autograd.gradgradcheck(update, (x, a, b))
     assert torch.autograd.gradcheck(lambda x: update(x, a.detach(), b.detach()), (x,))
     assert torch.autograd.gradcheck(lambda a: update(x.detach(), a, b.detach()), (a,))
 

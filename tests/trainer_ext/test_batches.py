@@ -98,13 +98,19 @@ def test_columns_are_cut_to_a_multiple_and_other_inputs_are_respected():
     inputs = collated("padded")
     assert inputs["input_ids"].shape[1] == 12
     assert SequenceBatch(inputs).select([1]).labels.shape[1] == 2
-    assert SequenceBatch(inputs).select([0], multiple_of=4).labels.shape[1] == 9
+    assert SequenceBatch(inputs).select([0], multiple_of=4).labels.shape[1] == 8
     # An input of unknown meaning with as many columns: nothing is cut.
     whole = SequenceBatch({**inputs, "bias": torch.zeros(6, 12)}).select([1])
     assert whole.labels.shape == whole.inputs["bias"].shape == (1, 12)
     picture = SequenceBatch({**inputs, "pixel_values": torch.zeros(6, 3, 8, 8)}).select([1, 2])
     assert picture.inputs["pixel_values"].shape == (2, 3, 8, 8)
     assert not SequenceBatch({**inputs, "pixel_values": torch.zeros(11, 5)}).can_select
+    positions = torch.arange(12).expand(3, 6, 12)
+    assert SequenceBatch({**inputs, "position_ids": positions}).select([1, 2]).inputs["position_ids"].shape == (
+        3,
+        2,
+        12,
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
