@@ -36,14 +36,15 @@ class MCLConfig(SFTConfig):
             rows need less memory; the scores do not depend on it.
         sample_losers (`bool`): Where several hypotheses of a sequence carry weight (`"relaxed"`, `"annealed"` while it is
             warm), train the one with the largest and one of the others, drawn and weighted so that the mean gradient is
-            that of all (see `objectives.sample_losers`).
+            that of all (see `objectives.sample_losers`). Saves time from K = 4 on, and memory.
         min_weight (`float`): Do not train hypotheses with a weight below this for a sequence, in [0, 1]. The error of the
             gradient is below (K - 1) times this times the largest gradient of a hypothesis
             (see `objectives.drop_small_weights`).
         score_every (`int`): In training over several epochs, score a sequence at its first visit and then at every
             `score_every`-th; in between the remembered winner is trained. Only while the weights follow from the winners
             alone (`"wta"`, `"relaxed"`, the end of `"annealed"`).
-        score_prefix (`int`, *optional*): Score on at most this many supervised tokens of each sequence, in training.
+        score_prefix (`int`, *optional*): Score on at most this many supervised tokens of each sequence, in training; so are
+            the metrics. Where all rows carry weight and none is scored first, all tokens count.
         no_win_warning_steps (`int`): Warn about a hypothesis that has won no sequence for this many optimizer steps; 0 for
             never.
 

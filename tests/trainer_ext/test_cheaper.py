@@ -190,7 +190,7 @@ def exact_weights(model, batch, options):
     return torch.softmax(scores / count / options["initial_temperature"], dim=0).tolist()
 
 
-@pytest.mark.parametrize("num_hypotheses", [2, 5])
+@pytest.mark.parametrize("num_hypotheses", [3, 5])
 def test_at_most_two_rows_of_each_sequence_are_trained(tmp_path, monkeypatch, num_hypotheses):
     model = adapted_llama(num_hypotheses)
     reference = frozen_copy(model)
@@ -225,7 +225,7 @@ def test_small_weights_are_dropped_whether_rows_are_scored_first_or_not(tmp_path
     model = adapted_llama()
     reference = frozen_copy(model)
     run = Recorded(tmp_path, monkeypatch, model, min_weight=0.3, **options)
-    assert len(run.rows) == 5 < len(run.batches)
+    assert 0 < len(run.rows) < len(run.batches) == 6
     for batch, gradients in zip(run.batches, run.gradients, strict=True):
         q = []
         for row, (_, labels) in enumerate(sequences_of(batch)):
