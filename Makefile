@@ -1,4 +1,4 @@
-# make quickstart   set up, then train, evaluate and decode three hypotheses on real text (2 CPU cores: about 12 minutes)
+# make quickstart   set up, then train, evaluate and decode three hypotheses on real text (2 CPU cores: about 11 minutes)
 # make test         set up, then lint, types and all tests
 # make lint         lint and types alone
 
