@@ -19,8 +19,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_mcl.config import MCLoraConfig
-from peft_mcl.routing import Route, Routing
-from peft_mcl.updates import block_update, gathered_update, segmented_update
+from peft_mcl.routing import Route, Routing, is_in_backward
+from peft_mcl.updates import block_update, decoded_update, gathered_update, segmented_update
 
 
 class MCLoraLayer(nn.Module, BaseTunerLayer):
@@ -189,7 +189,7 @@ class MCLoraLayer(nn.Module, BaseTunerLayer):
         # A layer that runs during backward without a route is being recomputed by a checkpoint function that was not
         # given a memory; guessing a hypothesis here would silently give wrong gradients.
         has_choice = max(self.num_hypotheses.values(), default=1) > 1
-        if has_choice and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if has_choice and not torch.compiler.is_compiling() and is_in_backward():
             raise RuntimeError(
                 f"The adapted layer {self.module_name!r} is recomputed during backward by an unknown checkpoint function, "
                 "so the hypotheses of its rows are lost. Enable checkpointing with "
@@ -303,34 +303,15 @@ class MCLoraLinear(MCLoraLayer):
         x, a, b = (_as_autocast(tensor) for tensor in (x, a, b))
         if route.runs is not None:
             update = segmented_update(route.flattened(x), a, b, route.runs, scaling)
+            return update.view(*x.shape[:-1], self.out_features)
+        groups = route.grouped(x).flatten(1, -2)
+        if route.decoded is not None:
+            update = decoded_update(groups, a, b, route.decoded, route.num_inputs, scaling)
+        elif route.index is not None:
+            update = gathered_update(groups, a, b, route.index.to(a.device), scaling)
         else:
-            groups = route.grouped(x).flatten(1, -2)
-            if route.decoded is not None:
-                update = _update_decoded(groups, a, b, route, scaling)
-            elif route.index is None:
-                update = block_update(groups, a, b, scaling)
-            else:
-                update = gathered_update(groups, a, b, route.index.to(a.device), scaling)
+            update = block_update(groups, a, b, scaling)
         return update.view(*x.shape[:-1], self.out_features)
-
-
-def _update_decoded(
-    groups: torch.Tensor, a: torch.Tensor, b: torch.Tensor, route: Route, scaling: float
-) -> torch.Tensor:
-    """Input-major groups (inputs * hypotheses, tokens, in) as blocks of one hypothesis, and back.
-
-    In a step of decoding the rows are few: moving them costs less than a copy of A and B for each.
-    """
-    decoded, inputs = route.decoded, route.num_inputs
-    assert decoded is not None
-    if decoded != tuple(range(len(a))):
-        a, b = a[list(decoded)], b[list(decoded)]
-    if inputs == 1:
-        return block_update(groups, a, b, scaling)
-    tokens = groups.shape[1]
-    blocks = groups.view(inputs, len(decoded), tokens, -1).transpose(0, 1).reshape(len(decoded), inputs * tokens, -1)
-    update = block_update(blocks, a, b, scaling).view(len(decoded), inputs, tokens, -1)
-    return update.transpose(0, 1).reshape(*groups.shape[:2], -1)
 
 
 def _as_autocast(tensor: torch.Tensor) -> torch.Tensor:
@@ -387,8 +368,8 @@ class MCLoraEmbedding(MCLoraLayer):
     def _rows(x: torch.Tensor, route: Route) -> tuple[torch.Tensor, torch.Tensor]:
         """The ids as groups (G, ids) of one hypothesis each, and these hypotheses (G,). A packed id is its own group."""
         if route.runs is not None:
-            hypotheses = torch.tensor([k for k, start, stop in route.runs for _ in range(start, stop)])
-            return route.flattened(x.unsqueeze(-1)), hypotheses.to(x.device)
+            hypotheses, starts, stops = torch.tensor(route.runs).T
+            return route.flattened(x.unsqueeze(-1)), hypotheses.repeat_interleave(stops - starts).to(x.device)
         return route.grouped(x).flatten(1), route.group_hypotheses().to(x.device)
 
 

@@ -315,26 +315,36 @@ def expand_inputs(inputs: dict[str, Any], copies: int, batch_size: int) -> dict[
 
 
 def _expand(name: str, value: Any, copies: int, batch_size: int) -> Any:
-    if isinstance(value, torch.Tensor):
-        if value.dim() == 0 or name in NOT_BATCHED:
-            return value
-        if name in PACKED_BOUNDS:
-            # Each copy is another row, and its sequences begin where those of the last one end.
-            return torch.cat([value[:1], *(value[1:] + copy * value[-1] for copy in range(copies))])
-        # (3, batch, length): the position ids of multimodal rotary embeddings.
-        batch_dim = 1 if name.endswith("position_ids") and value.dim() == 3 else 0
-        if name in BROADCAST and value.shape[batch_dim] != batch_size:
-            return value
-        return torch.cat([value] * copies, dim=batch_dim)
+    return map_leaves(name, value, lambda name, leaf: _expand_leaf(name, leaf, copies, batch_size))
+
+
+def map_leaves(name: str, value: Any, function: Callable[[str, Any], Any]) -> Any:
+    """Apply `function(name, leaf)` to whatever is inside model outputs, dicts, lists and tuples, which are rebuilt.
+
+    The name of a leaf is that of the input it is part of, or its own in a model output.
+    """
+    if isinstance(value, ModelOutput):
+        return type(value)(**{key: map_leaves(key, item, function) for key, item in value.items()})
+    if isinstance(value, dict):
+        return {key: map_leaves(name, item, function) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map_leaves(name, item, function) for item in value)
+    return function(name, value)
+
+
+def _expand_leaf(name: str, value: Any, copies: int, batch_size: int) -> Any:
     if isinstance(value, Cache):
         return _expand_cache(name, value, copies, batch_size)
-    if isinstance(value, ModelOutput):
-        return type(value)(**{key: _expand(key, item, copies, batch_size) for key, item in value.items()})
-    if isinstance(value, dict):
-        return {key: _expand(name, item, copies, batch_size) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_expand(name, item, copies, batch_size) for item in value)
-    return value
+    if not isinstance(value, torch.Tensor) or value.dim() == 0 or name in NOT_BATCHED:
+        return value
+    if name in PACKED_BOUNDS:
+        # Each copy is another row, and its sequences begin where those of the last one end.
+        return torch.cat([value[:1], *(value[1:] + copy * value[-1] for copy in range(copies))])
+    # (3, batch, length): the position ids of multimodal rotary embeddings.
+    batch_dim = 1 if name.endswith("position_ids") and value.dim() == 3 else 0
+    if name in BROADCAST and value.shape[batch_dim] != batch_size:
+        return value
+    return torch.cat([value] * copies, dim=batch_dim)
 
 
 def cache_rows(cache: Cache) -> int | None:
@@ -375,6 +385,11 @@ def _cache_layers(cache: Cache) -> list[Any]:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Gradient checkpointing
+
+
+def is_in_backward() -> bool:
+    """Whether this runs during a backward pass, as a layer does that is recomputed."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class RouteKeepingCheckpoint:

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
 
-from peft_mcl.routing import Routing, name_inputs
+from peft_mcl.routing import Routing, is_in_backward, map_leaves, name_inputs
 
 
 def modules_before_adapters(model: nn.Module, is_adapted: Callable[[nn.Module], bool]) -> list[nn.Module]:
@@ -105,7 +104,7 @@ class RunOnce:
             return None
         rows = len(_first(args, kwargs)) // copies
         # A single dimension is that of the tokens.
-        return _map(
+        return _map_tensors(
             (args, kwargs),
             lambda tensor: tensor[:rows] if tensor.dim() > 1 and len(tensor) == rows * copies else tensor,
         )
@@ -117,15 +116,14 @@ class RunOnce:
         if copies == 1 or output is None:
             return None
         rows = len(_first(args, kwargs))
-        return _map(output, lambda tensor: torch.cat([tensor] * copies) if len(tensor) == rows else tensor)
+        return _map_tensors(output, lambda tensor: torch.cat([tensor] * copies) if len(tensor) == rows else tensor)
 
     def _copies(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """K, or 1 if the call has to run as it is."""
         route = self.routing.current
         if route is None or route.blocks is None or not route.run_once or self.is_repeated:
             return 1
-        is_recomputed = torch._C._current_graph_task_id() != -1
-        if self.routing.are_told_apart(route) and not is_recomputed:
+        if self.routing.are_told_apart(route) and not is_in_backward():
             # A model that runs its layers several times: the second time the rows differ.
             self.is_repeated = True
             return 1
@@ -155,9 +153,15 @@ class _Running(threading.local):
         self.copies: list[int] = []
 
 
-# What the decoder layers of transformers take, with rows in dimension 0, or a single row for all. Others (a cache, attention
-# biases by head, keys and values of other layers, bounds of packed rows) may depend on the rows in ways unknown here.
-_LAYER_INPUTS = frozenset({"attention_mask", "position_ids", "position_embeddings", "cache_position"})
+# What the decoder layers of transformers take, and its number of dimensions: rows in dimension 0, or a single row for all,
+# or tokens alone. Others (a cache, attention biases by head, keys and values of other layers, bounds of packed rows, positions
+# of multimodal rotary embeddings) may depend on the rows in ways unknown here.
+_LAYER_INPUTS = {
+    "attention_mask": (2, 3, 4),
+    "position_ids": (1, 2),
+    "position_embeddings": (3,),
+    "cache_position": (1,),
+}
 
 
 def _has_known_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], copies: int) -> bool:
@@ -166,21 +170,20 @@ def _has_known_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     if first is None or first.dim() not in (2, 3) or len(first) % copies != 0:
         return False
     names = name_inputs(type(module).forward, (module, *args))[1:]
-    rest = {**dict(zip(names, args, strict=True)), **kwargs}
-    for name, value in rest.items():
-        if value is first:
-            continue
-        for leaf in _leaves(value):
-            if isinstance(leaf, torch.Tensor):
-                if name not in _LAYER_INPUTS or (leaf.dim() > 1 and len(leaf) not in (1, len(first))):
-                    return False
-            elif not (leaf is None or isinstance(leaf, (bool, int, float, str))):
-                return False
-    # (3, rows, ...): the positions of multimodal rotary embeddings.
-    embeddings = [leaf for leaf in _leaves(rest.get("position_embeddings")) if isinstance(leaf, torch.Tensor)]
-    return all(leaf.dim() == 3 for leaf in embeddings) and not (
-        isinstance(rest.get("position_ids"), torch.Tensor) and rest["position_ids"].dim() > 2
-    )
+    known = True
+
+    def check(name: str, leaf: Any) -> None:
+        nonlocal known
+        if isinstance(leaf, torch.Tensor):
+            known &= leaf is first or (
+                leaf.dim() in _LAYER_INPUTS.get(name, ()) and (leaf.dim() == 1 or len(leaf) in (1, len(first)))
+            )
+        else:
+            known &= leaf is None or isinstance(leaf, (bool, int, float, str))
+
+    for name, value in (*zip(names, args, strict=True), *kwargs.items()):
+        map_leaves(name, value, check)
+    return known
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -189,24 +192,11 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return first if isinstance(first, torch.Tensor) else None
 
 
-def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [leaf for item in value.values() for leaf in _leaves(item)]
-    if isinstance(value, (list, tuple)):
-        return [leaf for item in value for leaf in _leaves(item)]
-    return [value]
+def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    def apply(name: str, leaf: Any) -> Any:
+        return function(leaf) if isinstance(leaf, torch.Tensor) and leaf.dim() > 0 else leaf
 
-
-def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return function(value) if value.dim() > 0 else value
-    if isinstance(value, ModelOutput):
-        return type(value)(**{key: _map(item, function) for key, item in value.items()})
-    if isinstance(value, dict):
-        return {key: _map(item, function) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_map(item, function) for item in value)
-    return value
+    return map_leaves("", value, apply)
 
 
 def _has_noise(module: nn.Module) -> bool:

@@ -21,7 +21,29 @@ Run = tuple[int, int, int]
 
 def block_update(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
     """Group k of `x` (K, tokens, in) under hypothesis k: (K, tokens, out)."""
-    return torch.bmm(torch.bmm(x, a.transpose(1, 2)) * scaling, b.transpose(1, 2))
+    return torch.bmm(_middle(x, a, scaling), b.transpose(1, 2))
+
+
+def decoded_update(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, decoded: tuple[int, ...], num_inputs: int, scaling: float
+) -> torch.Tensor:
+    """Input-major groups of `x` (inputs * hypotheses, tokens, in) under the hypotheses `decoded`: (groups, tokens, out).
+
+    In a step of decoding the rows are few: moving them into blocks costs less than a copy of A and B for each.
+    """
+    if decoded != tuple(range(len(a))):
+        a, b = a[list(decoded)], b[list(decoded)]
+    if num_inputs == 1:
+        return block_update(x, a, b, scaling)
+    tokens = x.shape[1]
+    blocks = x.view(num_inputs, len(decoded), tokens, -1).transpose(0, 1).reshape(len(decoded), num_inputs * tokens, -1)
+    update = block_update(blocks, a, b, scaling).view(len(decoded), num_inputs, tokens, -1)
+    return update.transpose(0, 1).reshape(*x.shape[:2], -1)
+
+
+def _middle(x: torch.Tensor, a: torch.Tensor, scaling: float) -> torch.Tensor:
+    """The scaled r columns of groups (G, tokens, in) under A (G, r, in)."""
+    return torch.bmm(x, a.transpose(1, 2)) * scaling
 
 
 def gathered_update(
@@ -45,7 +67,7 @@ class _GatheredUpdate(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        middle = torch.bmm(x, a[index].transpose(1, 2)) * scaling
+        middle = _middle(x, a[index], scaling)
         ctx.save_for_backward(x, a, b, index, middle)
         ctx.scaling = scaling
         return torch.bmm(middle, b[index].transpose(1, 2))
@@ -55,7 +77,7 @@ class _GatheredUpdate(torch.autograd.Function):
         x, a, b, index, middle = ctx.saved_tensors
         if torch.is_grad_enabled():
             # Second derivatives: what was kept has no graph.
-            middle = torch.bmm(x, a[index].transpose(1, 2)) * ctx.scaling
+            middle = _middle(x, a[index], ctx.scaling)
         # A product with the indicator of membership adds rows up in one go and, unlike atomic additions, always alike.
         members = torch.nn.functional.one_hot(index, len(a)).T.to(grad.dtype)
         grad_middle = torch.bmm(grad, b[index]) * ctx.scaling

@@ -161,11 +161,11 @@ def run(name: str, train: Dataset, test: Dataset, args: SavingsArguments) -> tup
 def wrong_winners(trainer: MCLTrainer, test: Dataset) -> dict[str, float]:
     """The part of the sequences for which the first n tokens of the completion name another winner, by n."""
     whole = trainer.score(test)
-    tokenized = trainer.processing_class
+    tokenizer = trainer.processing_class
     rows = []
     for prompt, completion in zip(test["prompt"], test["completion"], strict=True):
-        start = tokenized(prompt)["input_ids"]
-        ids = (start + tokenized(completion)["input_ids"])[: trainer.args.max_length]
+        start = tokenizer(prompt)["input_ids"]
+        ids = (start + tokenizer(completion)["input_ids"])[: trainer.args.max_length]
         rows.append((ids, len(start)))
     found = {}
     for count in PREFIXES:

@@ -133,9 +133,14 @@ def check_parallelism(accelerator: Any) -> None:
             )
 
 
+def packs_evaluation(args: Any) -> bool:
+    """Whether sequences are packed for evaluation, by TRL's rule."""
+    return bool(args.packing if args.eval_packing is None else args.eval_packing)
+
+
 def check_packed_evaluation(args: Any, padding_free: bool, num_processes: int) -> None:
     """Raise a ValueError if sequences that are evaluated twice, to fill up the last batch, could not be told from others."""
-    packs = args.packing if args.eval_packing is None else args.eval_packing
+    packs = packs_evaluation(args)
     if num_processes == 1 or not (packs or (padding_free and args.pad_to_multiple_of)):
         return
     name, fix = ("eval_packing", "False") if packs else ("pad_to_multiple_of", "None")

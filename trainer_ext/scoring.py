@@ -88,11 +88,12 @@ class SupervisedPositions:
         TRL's head computes entropies and the most likely words as well. A scoring pass needs neither, and half of its head's
         time on a CPU goes into them and into temporary copies of the logits.
         """
-        self._batch, self._scores = batch, []
+        self._scores = []
         try:
-            yield self._scores
+            with self.selected(batch):
+                yield self._scores
         finally:
-            self._batch = self._scores = None
+            self._scores = None
 
     # A compiled backbone would be compiled anew for each batch that it finds here.
     @torch.compiler.disable
@@ -121,7 +122,7 @@ class SupervisedPositions:
         is_autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if is_autocast else hidden.dtype
         flat = hidden.flatten(0, 1).to(device, dtype)
-        labels = targets.to(weight.device).repeat(len(hidden))
+        labels = targets.to(device).repeat(len(hidden))
         parts = [flat.new_zeros(0, dtype=torch.float32)]
         with maybe_gather_lm_head_ctx(weight, bias):
             weight = weight.to(dtype)
@@ -173,15 +174,26 @@ def score_tokens(
     )
 
 
+def join_copies(runs: list[TokenScores]) -> TokenScores:
+    """Runs of the same sequences, with C = 1, as one with a copy for each."""
+    return _join(runs, 0, runs[0].sequence, runs[0].num_tokens)
+
+
 def join_rows(runs: list[TokenScores]) -> TokenScores:
     """The rows of several runs with C = 1 as those of one."""
     counts = [len(run.num_tokens) for run in runs]
+    sequence = torch.cat([run.sequence + sum(counts[:place]) for place, run in enumerate(runs)])
+    return _join(runs, 1, sequence, torch.cat([run.num_tokens for run in runs]))
+
+
+def _join(runs: list[TokenScores], dim: int, sequence: torch.Tensor, num_tokens: torch.Tensor) -> TokenScores:
     return TokenScores(
-        log_probs=torch.cat([run.log_probs for run in runs], dim=1),
-        entropy=torch.cat([run.entropy for run in runs], dim=1),
-        is_top1=torch.cat([run.is_top1 for run in runs], dim=1),
-        sequence=torch.cat([run.sequence + sum(counts[:place]) for place, run in enumerate(runs)]),
-        num_tokens=torch.cat([run.num_tokens for run in runs]),
+        log_probs=torch.cat([run.log_probs for run in runs], dim),
+        entropy=torch.cat([run.entropy for run in runs], dim),
+        is_top1=torch.cat([run.is_top1 for run in runs], dim),
+        sequence=sequence,
+        num_tokens=num_tokens,
+        # That of a mixture of experts is the one of a single call.
         aux_loss=runs[0].aux_loss if len(runs) == 1 else None,
     )
 

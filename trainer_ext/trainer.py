@@ -37,6 +37,7 @@ from trainer_ext.scoring import (
     ScoringCall,
     SupervisedPositions,
     TokenScores,
+    join_copies,
     join_rows,
     plan_rows,
     plan_scoring,
@@ -191,18 +192,19 @@ class MCLTrainer(SFTTrainer):
         is_training = self.model.training
         if is_training:
             self._last_temperature = self.temperature
-        if self._num_hypotheses == 1 or (is_training and self._trains_all_rows()):
+        runs_all = self._num_hypotheses == 1 or (is_training and self._trains_all_rows())
+        if runs_all:
             run = self._run_all(model, batch)
-            weights, winners = self._assign(run.per_sequence().T, batch.num_tokens, is_training)
-            is_largest = _is_largest(weights)
-            weights = self._thin_out(weights) if is_training else weights
+            weights, self._winners = self._assign(run.per_sequence().T, batch.num_tokens, is_training)
+        else:
+            weights, self._winners = self._score(model, batch, is_training)
+        is_largest = _is_largest(weights)
+        if is_training:
+            weights = self._thin_out(weights)
+        if runs_all:
             row_weights, is_counted = weights.T, is_largest.T
         else:
-            weights, winners = self._score(model, batch, is_training)
-            is_largest = _is_largest(weights)
-            weights = self._thin_out(weights) if is_training else weights
             run, row_weights, is_counted = self._run_weighted(model, batch, weights, is_largest)
-        self._winners = winners
         if is_training and self._annealing_temperature() is not None:
             # One number for all processes: each must make the same calls, as a call may synchronise buffers or weights.
             share = (weights > 0).float().mean()
@@ -233,15 +235,7 @@ class MCLTrainer(SFTTrainer):
         """Run every sequence under every hypothesis: scores with C = K."""
         if self._num_hypotheses == 1 or not self._runs_in_parts:
             return score_tokens(model, self._positions, batch, "all")
-        parts = [score_tokens(model, self._positions, batch, k) for k in range(self._num_hypotheses)]
-        return TokenScores(
-            log_probs=torch.cat([part.log_probs for part in parts]),
-            entropy=torch.cat([part.entropy for part in parts]),
-            is_top1=torch.cat([part.is_top1 for part in parts]),
-            sequence=batch.sequence,
-            num_tokens=batch.num_tokens,
-            aux_loss=None,
-        )
+        return join_copies([score_tokens(model, self._positions, batch, k) for k in range(self._num_hypotheses)])
 
     def _run_weighted(
         self, model: nn.Module, batch: SequenceBatch, weights: torch.Tensor, is_counted: torch.Tensor
@@ -255,22 +249,22 @@ class MCLTrainer(SFTTrainer):
         if len(sequences) == len(batch) and not batch.is_packed:
             # Exactly one row for each sequence, and `nonzero` keeps their order: nothing needs to be copied.
             run = score_tokens(model, self._positions, batch, hypotheses)
-            return run, weights[sequences, hypotheses][None], is_counted[sequences, hypotheses][None]
-        if not batch.can_select:
+        elif not batch.can_select:
             # Image patches and the like cannot be selected by row: all rows are run, some with weight zero.
             return self._run_all(model, batch), weights.T, is_counted.T
-        # What has nothing to learn needs no row, but a batch needs one, for its graph.
-        learns = batch.num_tokens[sequences] > 0
-        learns[0] |= not learns.any()
-        sequences, hypotheses = sequences[learns], hypotheses[learns]
-        parts = plan_rows(batch, sequences.tolist(), hypotheses.tolist(), self._runs_in_parts)
-        order = torch.tensor([row for part in parts for row in part], device=weights.device)
-        runs = []
-        for part in parts:
-            chosen = batch.select(sequences[part].tolist(), self.args.pad_to_multiple_of)
-            runs.append(score_tokens(model, self._positions, chosen, hypotheses[part]))
-        sequences, hypotheses = sequences[order], hypotheses[order]
-        return join_rows(runs), weights[sequences, hypotheses][None], is_counted[sequences, hypotheses][None]
+        else:
+            # What has nothing to learn needs no row, but a batch needs one, for its graph.
+            learns = batch.num_tokens[sequences] > 0
+            learns[0] |= not learns.any()
+            sequences, hypotheses = sequences[learns], hypotheses[learns]
+            parts = plan_rows(batch, sequences.tolist(), hypotheses.tolist(), self._runs_in_parts)
+            runs = []
+            for part in parts:
+                chosen = batch.select(sequences[part].tolist(), self.args.pad_to_multiple_of)
+                runs.append(score_tokens(model, self._positions, chosen, hypotheses[part]))
+            run, order = join_rows(runs), [row for part in parts for row in part]
+            sequences, hypotheses = sequences[order], hypotheses[order]
+        return run, weights[sequences, hypotheses][None], is_counted[sequences, hypotheses][None]
 
     def _score(self, model: nn.Module, batch: SequenceBatch, is_training: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The weights (B, K) and winners (B,) of a batch, from scores without a graph and without dropout."""
@@ -497,8 +491,8 @@ class MCLTrainer(SFTTrainer):
             ValueError: A sequence lost its completion when it was cut to `max_length`, or an option changes the order of
                 evaluation (`shuffle_dataset`, packing, grouping by length).
         """
-        packs = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
-        if self.args.shuffle_dataset or self.args.train_sampling_strategy == "group_by_length" or packs:
+        reorders = self.args.shuffle_dataset or self.args.train_sampling_strategy == "group_by_length"
+        if reorders or checks.packs_evaluation(self.args):
             raise ValueError(
                 "`score` keeps the order of the data set, so it needs `shuffle_dataset=False`, `eval_packing=False` and a "
                 "`train_sampling_strategy` other than 'group_by_length'."
