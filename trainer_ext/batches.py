@@ -139,11 +139,12 @@ class SequenceBatch:
         labels[self.row[late], self.column[late] + 1] = -100
         return SequenceBatch({**self.inputs, "labels": labels})
 
+    @cached_property
     def keys(self) -> list[int]:
         """A number for each sequence that tells it from others by its content: 63 bits of a hash of its ids and labels.
 
         It is the same in every batch, whatever the padding, the packing and the order. Other inputs of a row, an image say,
-        are part of the content.
+        are part of the content; those that do not lie in rows are not.
         """
         ids, labels = self.inputs["input_ids"].cpu(), self.labels.cpu()
         mask = self.inputs.get("attention_mask")
@@ -151,7 +152,8 @@ class SequenceBatch:
         others = [
             value.cpu()
             for name, value in sorted(self.inputs.items())
-            if isinstance(value, torch.Tensor) and value.dim() > 0 and name not in TOKEN_INPUTS and not self.is_packed
+            if isinstance(value, torch.Tensor) and value.dim() > 0 and name not in TOKEN_INPUTS
+            if not self.is_packed and len(value) == len(self)
         ]
         keys = []
         for sequence in range(len(self)):

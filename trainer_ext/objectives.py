@@ -11,6 +11,9 @@ import torch
 
 
 OBJECTIVES = ("wta", "relaxed", "annealed", "random")
+# Scores that differ by less than this part of themselves are equal: some units in the last place of float32. The same rows
+# in a batch of another shape give scores that differ by 2e-7 of themselves (135M parameters, float32, on a CPU).
+TIE = 1e-6
 
 
 def finite_scores(scores: torch.Tensor) -> torch.Tensor:
@@ -19,21 +22,23 @@ def finite_scores(scores: torch.Tensor) -> torch.Tensor:
     return torch.nan_to_num(scores.detach().float(), nan=-limit, posinf=limit, neginf=-limit)
 
 
-def pick_winners(scores: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """The best hypothesis of each sequence; exact ties are broken at random.
+def pick_winners(scores: torch.Tensor, lots: torch.Tensor) -> torch.Tensor:
+    """The best hypothesis of each sequence; among those that tie, the one with the largest lot.
+
+    Scores tie if they are equal but for the last digits of float32 (`TIE`), which the layout of a batch decides.
 
     Args:
         scores (`torch.Tensor`): Shape (B, K), any float dtype, higher is better.
-        generator (`torch.Generator`, *optional*): A CPU generator for the ties.
+        lots (`torch.Tensor`): Shape (B, K), numbers in [0, 1).
 
     Returns:
         `torch.Tensor`: int64 of shape (B,).
     """
     scores = finite_scores(scores)
-    # Drawn whether there is a tie or not, so that the number of draws does not depend on the scores.
-    lot = torch.rand(scores.shape, generator=generator).to(scores.device)
-    is_best = scores == scores.max(dim=1, keepdim=True).values
-    return torch.where(is_best, lot, -1.0).argmax(dim=1)
+    best = scores.max(dim=1, keepdim=True).values
+    # The product cannot overflow, and a difference of finite scores that does is no tie.
+    ties = best - scores <= TIE * best.abs()
+    return torch.where(ties, lots.to(scores.device), -1.0).argmax(dim=1)
 
 
 def wta_weights(winners: torch.Tensor, num_hypotheses: int) -> torch.Tensor:
@@ -68,10 +73,18 @@ def annealed_weights(scores: torch.Tensor, num_tokens: torch.Tensor, temperature
     return torch.softmax(gap / min(max(temperature, limits.tiny), limits.max), dim=1)
 
 
-def random_weights(num_sequences: int, num_hypotheses: int, generator: torch.Generator | None = None) -> torch.Tensor:
-    """1 for a hypothesis drawn uniformly for each sequence: float32 of shape (B, K). The control experiment."""
-    drawn = torch.randint(num_hypotheses, (num_sequences,), generator=generator)
-    return wta_weights(drawn, num_hypotheses)
+def random_weights(num_hypotheses: int, draws: torch.Tensor) -> torch.Tensor:
+    """1 for a hypothesis drawn uniformly for each sequence, 0 for the rest. The control experiment.
+
+    Args:
+        num_hypotheses (`int`): K.
+        draws (`torch.Tensor`): Shape (B,), numbers in [0, 1).
+
+    Returns:
+        `torch.Tensor`: float32 of shape (B, K).
+    """
+    # The product may be rounded up to K.
+    return wta_weights((draws * num_hypotheses).long().clamp(max=num_hypotheses - 1), num_hypotheses)
 
 
 def assignment_weights(
@@ -81,7 +94,7 @@ def assignment_weights(
     *,
     epsilon: float = 0.05,
     temperature: float | None = None,
-    generator: torch.Generator | None = None,
+    draws: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights q of an objective, and the winners they are built on.
 
@@ -91,7 +104,7 @@ def assignment_weights(
         num_tokens (`torch.Tensor`): Shape (B,), the number of supervised tokens.
         epsilon (`float`): Of `"relaxed"`.
         temperature (`float`, *optional*): Of `"annealed"`; None once it is at its final value (the weights of `"wta"`).
-        generator (`torch.Generator`, *optional*): A CPU generator for ties and draws.
+        draws (`torch.Tensor`): Shape (B, K + 1), numbers in [0, 1): K lots for ties, and one for `"random"`.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: q, float32 of shape (B, K) on the device of `scores`, rows summing to 1, finite
@@ -100,15 +113,16 @@ def assignment_weights(
     Raises:
         ValueError: There is no such objective.
     """
-    num_sequences, num_hypotheses = scores.shape
-    winners = pick_winners(scores, generator)
+    num_hypotheses = scores.shape[1]
+    draws = draws.to(scores.device)
+    winners = pick_winners(scores, draws[:, :num_hypotheses])
     if needs_winners_only(objective, temperature):
         weights = winner_weights(objective, winners, num_hypotheses, epsilon)
     elif objective == "annealed":
         assert temperature is not None
         weights = annealed_weights(scores, num_tokens, temperature)
     elif objective == "random":
-        weights = random_weights(num_sequences, num_hypotheses, generator).to(scores.device)
+        weights = random_weights(num_hypotheses, draws[:, num_hypotheses])
     else:
         raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {objective!r}.")
     return weights, winners
@@ -150,7 +164,7 @@ def drop_small_weights(weights: torch.Tensor, min_weight: float) -> torch.Tensor
     return torch.where(keep, weights, 0.0)
 
 
-def sample_losers(weights: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+def sample_losers(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Keep the largest weight q_w of each sequence, and one of the others, drawn by weight, in place of all of them.
 
     A loser j is drawn with probability q_j / (1 - q_w) and then carries the weight 1 - q_w, so its mean over the draws is
@@ -158,13 +172,13 @@ def sample_losers(weights: torch.Tensor, generator: torch.Generator | None = Non
 
     Args:
         weights (`torch.Tensor`): Shape (B, K), rows summing to 1.
-        generator (`torch.Generator`, *optional*): A CPU generator for the draws.
+        draws (`torch.Tensor`): Shape (B,), numbers in [0, 1).
     """
     winner = wta_weights(weights.argmax(dim=1), weights.shape[1]).bool()
     losers = torch.where(winner, 0.0, weights)
     rest = losers.sum(dim=1)
-    # A place on the line of cumulated weights, whose steps are the probabilities; one draw for each sequence, always.
-    place = torch.rand(len(weights), generator=generator).to(weights.device) * rest
+    # A place on the line of cumulated weights, whose steps are the probabilities.
+    place = draws.to(weights.device) * rest
     drawn = torch.searchsorted(losers.cumsum(dim=1), place.unsqueeze(1), right=True).clamp(max=weights.shape[1] - 1)
     # Rounding at the end of the line must not draw a hypothesis without weight.
     drawn = torch.where(losers.gather(1, drawn) > 0, drawn, losers.argmax(dim=1, keepdim=True)).squeeze(1)

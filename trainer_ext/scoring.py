@@ -52,7 +52,9 @@ class TokenScores:
 
 
 def _sum_by_sequence(log_probs: torch.Tensor, sequence: torch.Tensor, num_sequences: int) -> torch.Tensor:
-    return log_probs.new_zeros(len(log_probs), num_sequences).index_add(1, sequence, log_probs)
+    # In float64 the order of the sum, which differs between devices and batches, does not decide between near ties.
+    wide = log_probs.to(torch.float32 if log_probs.device.type == "mps" else torch.float64)
+    return wide.new_zeros(len(wide), num_sequences).index_add(1, sequence, wide).float()
 
 
 class SupervisedPositions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
 from trainer_ext import checks
 from trainer_ext.batches import SequenceBatch
 from trainer_ext.config import MCLConfig
+from trainer_ext.draws import Occurrences, sequence_draws
 from trainer_ext.metrics import ScoreWindow, WinWatch
 from trainer_ext.noise import evaluation_mode, has_dropout
 from trainer_ext.objectives import (
@@ -158,7 +158,7 @@ class MCLTrainer(SFTTrainer):
 
     def _forget_earlier_runs(self) -> None:
         self._train_window = ScoreWindow()
-        self._draws = (-1, 0)
+        self._occurrences = Occurrences()
         self._wins: WinWatch | None = None
         self._last_temperature = self.args.initial_temperature
         self._weighted_share = 1.0
@@ -190,17 +190,18 @@ class MCLTrainer(SFTTrainer):
         """
         batch = SequenceBatch(inputs)
         is_training = self.model.training
+        draws = self._draw(batch, is_training)
         if is_training:
             self._last_temperature = self.temperature
         runs_all = self._num_hypotheses == 1 or (is_training and self._trains_all_rows())
         if runs_all:
             run = self._run_all(model, batch)
-            weights, self._winners = self._assign(run.per_sequence().T, batch.num_tokens, is_training)
+            weights, self._winners = self._assign(run.per_sequence().T, batch.num_tokens, draws, is_training)
         else:
-            weights, self._winners = self._score(model, batch, is_training)
+            weights, self._winners = self._score(model, batch, draws, is_training)
         is_largest = _is_largest(weights)
         if is_training:
-            weights = self._thin_out(weights)
+            weights = self._thin_out(weights, draws)
         if runs_all:
             row_weights, is_counted = weights.T, is_largest.T
         else:
@@ -266,29 +267,31 @@ class MCLTrainer(SFTTrainer):
             sequences, hypotheses = sequences[order], hypotheses[order]
         return run, weights[sequences, hypotheses][None], is_counted[sequences, hypotheses][None]
 
-    def _score(self, model: nn.Module, batch: SequenceBatch, is_training: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _score(
+        self, model: nn.Module, batch: SequenceBatch, draws: torch.Tensor, is_training: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The weights (B, K) and winners (B,) of a batch, from scores without a graph and without dropout."""
         temperature = self._annealing_temperature()
         if not is_training or self._remembered is None or not needs_winners_only(self.args.objective, temperature):
             scores, num_tokens = self._score_part(model, batch, list(range(len(batch))), is_training)
-            return self._assign(scores, num_tokens, is_training)
-        return self._score_what_is_due(model, batch, self._remembered)
+            return self._assign(scores, num_tokens, draws, is_training)
+        return self._score_what_is_due(model, batch, draws, self._remembered)
 
     def _score_what_is_due(
-        self, model: nn.Module, batch: SequenceBatch, remembered: RememberedWinners
+        self, model: nn.Module, batch: SequenceBatch, draws: torch.Tensor, remembered: RememberedWinners
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not batch.can_select:
             raise ValueError(
                 f"`score_every={self.args.score_every}` needs inputs with one row for each sequence, but these batches have "
                 "others (patches of images, say), which cannot be taken apart. Set it to 1."
             )
-        keys = batch.keys()
+        keys = batch.keys
         has_tokens = (batch.num_tokens > 0).tolist()
         # Sequences with nothing to learn have no winner, and whatever stands for it does not matter.
         known = [remembered.look_up(key) if counts else 0 for key, counts in zip(keys, has_tokens, strict=True)]
         due = [sequence for sequence, winner in enumerate(known) if winner is None]
         scores, num_tokens = self._score_part(model, batch, due, is_training=True)
-        found = pick_winners(scores, self._generator(is_training=True))
+        found = pick_winners(scores, draws[due, : self._num_hypotheses])
         self._record(scores, num_tokens, found)
 
         winners = torch.tensor([-1 if winner is None else winner for winner in known], device=scores.device)
@@ -339,7 +342,7 @@ class MCLTrainer(SFTTrainer):
         return self._annealing_temperature() is not None and self._weighted_share > 2 / 3
 
     def _assign(
-        self, scores: torch.Tensor, num_tokens: torch.Tensor, is_training: bool
+        self, scores: torch.Tensor, num_tokens: torch.Tensor, draws: torch.Tensor, is_training: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The weights (B, K) of this batch and its winners (B,), which are recorded.
 
@@ -351,17 +354,17 @@ class MCLTrainer(SFTTrainer):
             num_tokens,
             epsilon=self.args.relaxed_epsilon,
             temperature=self._annealing_temperature(),
-            generator=self._generator(is_training),
+            draws=draws,
         )
         self._watch_wins(self._record(scores, num_tokens, winners))
         return weights, winners
 
-    def _thin_out(self, weights: torch.Tensor) -> torch.Tensor:
+    def _thin_out(self, weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """Fewer rows to train, by the options that the user has chosen. The largest weights stay."""
         if self.args.min_weight > 0:
             weights = drop_small_weights(weights, self.args.min_weight)
         if self.args.sample_losers:
-            weights = sample_losers(weights, self._generator(is_training=True))
+            weights = sample_losers(weights, draws[:, -1])
         return weights
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
@@ -394,20 +397,17 @@ class MCLTrainer(SFTTrainer):
         temperature = self.temperature
         return temperature if temperature > self.args.final_temperature else None
 
-    def _generator(self, is_training: bool) -> torch.Generator:
-        """Random numbers for ties and draws that depend only on the seed and the place in training.
+    def _draw(self, batch: SequenceBatch, is_training: bool) -> torch.Tensor:
+        """Random numbers for ties and choices (B, K + 1), which depend only on the seed, the step and the sequence.
 
-        So a run that was resumed draws what it would have drawn, and processes draw differently.
+        So they are the same for any number of processes and micro-batches, and in a resumed run.
         """
-        step = self.state.global_step
-        if is_training:
-            count = self._draws[1] + 1 if self._draws[0] == step else 0
-            self._draws = (step, count)
-        else:
-            count = len(self._eval_window)
-        place = f"{self.args.seed}/{is_training}/{step}/{count}/{self.accelerator.process_index}"
-        digest = hashlib.blake2b(place.encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        place = f"{self.args.seed}/{is_training}/{self.state.global_step}"
+        keys = torch.tensor(batch.keys, device=self.accelerator.device)
+        everywhere = self._gather_ragged(keys, fill=-1)
+        numbered = self._occurrences.number(everywhere.tolist(), place)
+        first = self.accelerator.process_index * (len(everywhere) // self.accelerator.num_processes)
+        return sequence_draws(numbered[first : first + len(batch)], self._num_hypotheses + 1, place)
 
     # ------------------------------------------------------------------------------------------------------------
     # Reports
@@ -470,7 +470,7 @@ class MCLTrainer(SFTTrainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As SFTTrainer, with the exact metrics of the competition over the whole data set; the loss is `wta_nll`."""
         checks.check_packed_evaluation(self.args, self.padding_free, self.accelerator.num_processes)
-        self._eval_window = ScoreWindow()
+        self._eval_window, self._occurrences = ScoreWindow(), Occurrences()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._eval_window and output.metrics is not None:
             metrics = self._eval_window.summary()

@@ -120,18 +120,18 @@ def test_prefixes(layout, count):
 
 
 def test_keys_tell_sequences_apart_by_content_alone():
-    keys = {layout: SequenceBatch(collated(layout)).keys() for layout in LAYOUTS}
+    keys = {layout: SequenceBatch(collated(layout)).keys for layout in LAYOUTS}
     assert keys["padded"] == keys["packed"]
     assert len(set(keys["padded"])) == len(EXAMPLES)
     assert all(0 <= key < 2**63 for key in keys["padded"])
-    assert SequenceBatch(collated("padded", pad_to_multiple_of=16)).keys() == keys["padded"]
+    assert SequenceBatch(collated("padded", pad_to_multiple_of=16)).keys == keys["padded"]
     order = [3, 0, 5, 1, 2, 4]
     shuffled = DataCollatorForLanguageModeling(PAD)([examples()[index] for index in order])
-    assert SequenceBatch(shuffled).keys() == [keys["padded"][index] for index in order]
+    assert SequenceBatch(shuffled).keys == [keys["padded"][index] for index in order]
     # The same ids with another prompt are another sequence.
     other = examples()
     other[0]["labels"][3] = -100
-    changed = SequenceBatch(DataCollatorForLanguageModeling(PAD)(other)).keys()
+    changed = SequenceBatch(DataCollatorForLanguageModeling(PAD)(other)).keys
     assert changed[0] != keys["padded"][0]
     assert changed[1:] == keys["padded"][1:]
 
@@ -139,8 +139,8 @@ def test_keys_tell_sequences_apart_by_content_alone():
 def test_keys_see_other_inputs():
     inputs = collated("padded")
     pictures = torch.arange(6 * 12.0).view(6, 3, 2, 2)
-    first = SequenceBatch({**inputs, "pixel_values": pictures}).keys()
-    second = SequenceBatch({**inputs, "pixel_values": pictures.flip(0)}).keys()
+    first = SequenceBatch({**inputs, "pixel_values": pictures}).keys
+    second = SequenceBatch({**inputs, "pixel_values": pictures.flip(0)}).keys
     assert all(own != other for own, other in zip(first, second, strict=True))
 
 
