@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -134,9 +135,16 @@ class SequenceBatch:
         """The same sequences with at most their first `count` supervised tokens supervised."""
         first = self.num_tokens.cumsum(0) - self.num_tokens
         rank = torch.arange(len(self.sequence), device=self.labels.device) - first[self.sequence]
-        late = rank >= count
+        return self._without_targets(rank >= count)
+
+    def without_labels(self, sequences: Iterable[int]) -> SequenceBatch:
+        """The same batch, but with nothing to learn from the named sequences."""
+        named = torch.tensor(list(sequences), dtype=torch.int64, device=self.labels.device)
+        return self._without_targets(torch.isin(self.sequence, named))
+
+    def _without_targets(self, hidden: torch.Tensor) -> SequenceBatch:
         labels = self.labels.clone()
-        labels[self.row[late], self.column[late] + 1] = -100
+        labels[self.row[hidden], self.column[hidden] + 1] = -100
         return SequenceBatch({**self.inputs, "labels": labels})
 
     @cached_property

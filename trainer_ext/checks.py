@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import logging
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peft_mcl import MCLoraConfig
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_model(model: Any, peft_config: PeftConfig | None) -> None:
@@ -43,6 +45,22 @@ def check_trainable(model: Any) -> None:
         raise ValueError(
             "`model` has no trainable parameters: its adapter was loaded for inference. Load it with "
             "`PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
+
+
+def check_finite(model: Any) -> None:
+    """Raise a ValueError that names the first trainable parameter with a NaN or an infinity."""
+    broken = [
+        name
+        for name, parameter in model.named_parameters()
+        # Of sharded weights each process sees its part.
+        if parameter.requires_grad and not torch.isfinite(getattr(parameter, "_local_tensor", parameter)).all()
+    ]
+    if broken:
+        raise ValueError(
+            f"`model` has NaN or infinite weights in {len(broken)} of its trainable parameters, the first of which is "
+            f"{broken[0]!r}: nothing can be learned from them, and nothing is saved. Load an earlier checkpoint; if training "
+            "made them, lower `learning_rate`, set `max_grad_norm`, or use bf16 in place of fp16."
         )
 
 
@@ -122,8 +140,42 @@ def check_offloading(args: Any) -> None:
         )
 
 
+def check_launch(world_size: int) -> None:
+    """Raise a RuntimeError if fewer processes run than the user has launched or asked for.
+
+    Args:
+        world_size (`int`): The processes that take part, as transformers has found them.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > world_size:
+        raise RuntimeError(
+            f"{launched} processes were launched (WORLD_SIZE={launched}), but they do not know of each other: each would train "
+            "alone and overwrite the files of the others. Without accelerators pass `use_cpu=True` (`--use_cpu`)."
+        )
+    # What `accelerate launch` leaves behind if it was asked for several processes and starts only one.
+    asked_for_several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if world_size == 1 and asked_for_several and not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        raise RuntimeError(
+            "`accelerate launch` was asked for several processes, but it starts only one on CPUs (more need its "
+            "`--mpirun_hostfile`). Launch them with `torchrun --nproc_per_node N recipes/train_mcl.py --use_cpu ...`, or ask "
+            "for one process."
+        )
+
+
+def check_sharding(accelerator: Any) -> None:
+    """Raise a RuntimeError if the model is not sharded although the user has asked for it."""
+    for name, kind in (("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP")):
+        wanted = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+        if wanted and accelerator.distributed_type != name:
+            raise RuntimeError(
+                f"{kind} was asked for, but training would run as {accelerator.distributed_type.value}: accelerate does not "
+                f"use {kind} on {accelerator.device.type} devices with this launch. Use a configuration without {kind} (see "
+                "recipes/accelerate), or one of DeepSpeed with `use_cpu: true` for several processes on CPUs."
+            )
+
+
 def check_parallelism(accelerator: Any) -> None:
-    """Raise a ValueError if sequences are split over processes: their scores would be in parts."""
+    """Raise a ValueError if sequences are split over processes, whose scores would be in parts, or unevenly spread."""
     config = accelerator.parallelism_config
     for name in ("sp", "cp"):
         if config is not None and getattr(config, f"{name}_enabled", False):
@@ -131,6 +183,11 @@ def check_parallelism(accelerator: Any) -> None:
                 f"Sequence parallelism (`{name}_size={getattr(config, f'{name}_size')}`) is not supported by MCLTrainer: each "
                 "process would see a part of a sequence and score the hypotheses on it alone. Set the size to 1."
             )
+    if accelerator.num_processes > 1 and not accelerator.even_batches:
+        raise ValueError(
+            "`accelerator_config={'even_batches': False}` gives processes different numbers of batches, so some would wait for "
+            "ever. Leave it at True: sequences that fill up the last batch are not learned from twice."
+        )
 
 
 def packs_evaluation(args: Any) -> bool:
@@ -150,26 +207,26 @@ def check_packed_evaluation(args: Any, padding_free: bool, num_processes: int) -
     )
 
 
-def last_whole_checkpoint(output_dir: Path) -> Path:
-    """The newest checkpoint in `output_dir` that was written to its end.
+def check_same_processes(checkpoint: Path, saved: int, accelerator: Any) -> None:
+    """Raise a ValueError if a checkpoint is from another number of processes and its parts do not fit this one.
 
-    The state of the trainer is the last file of a checkpoint, so one that was interrupted lacks it or has a part of it.
-
-    Raises:
-        ValueError: There is none.
+    Args:
+        checkpoint (`Path`): For the message.
+        saved (`int`): The processes that wrote it.
+        accelerator: Of the run that would go on.
     """
-    found = sorted(
-        (int(path.name.rsplit("-", 1)[1]), path)
-        for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.rsplit("-", 1)[1].isdigit()
-    )
-    for _, path in reversed(found):
-        try:
-            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return path
-    raise ValueError(
-        f"There is no whole checkpoint in {str(output_dir)!r} to resume from. Start without `resume_from_checkpoint`, and set "
-        "`save_steps` to have checkpoints."
+    running = accelerator.num_processes
+    if saved == running:
+        return
+    if accelerator.distributed_type in ("DEEPSPEED", "FSDP"):
+        raise ValueError(
+            f"`resume_from_checkpoint`: {str(checkpoint)!r} was written by {saved} processes, each with its own shard of the "
+            f"optimizer, but {running} are running. Launch {saved}, or start a new run from its adapter."
+        )
+    logger.warning(
+        "The checkpoint %s was written by %d processes, and %d are running: random states (dropout, say) are not restored, and "
+        "the steps are the same only if `per_device_train_batch_size` and `gradient_accumulation_steps` give the same batch.",
+        checkpoint,
+        saved,
+        running,
     )

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length, rotate_checkpoints
 from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
 
-from trainer_ext import checks
+from trainer_ext import checkpoints, checks
 from trainer_ext.batches import SequenceBatch
 from trainer_ext.config import MCLConfig
 from trainer_ext.draws import Occurrences, sequence_draws
@@ -115,6 +116,7 @@ class MCLTrainer(SFTTrainer):
         formatting_func: Callable[..., Any] | None = None,
     ) -> None:
         args = _as_mcl_config(args, model)
+        checks.check_launch(args.world_size)
         checks.check_model(model, peft_config)
         if compute_loss_func is not None:
             raise ValueError(
@@ -143,6 +145,7 @@ class MCLTrainer(SFTTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
+        checks.check_sharding(self.accelerator)
         checks.check_parallelism(self.accelerator)
         if self.eval_dataset is not None:
             checks.check_packed_evaluation(self.args, self.padding_free, self.accelerator.num_processes)
@@ -367,6 +370,28 @@ class MCLTrainer(SFTTrainer):
             weights = sample_losers(weights, draws[:, -1])
         return weights
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """As Trainer; sequences that fill up the last batch of an epoch on several processes are not learned from twice.
+
+        Each process gets as many batches of as many rows. Those that begin again from the first sequence lose their labels
+        here, so a step is the one that a single process makes. Not in packed rows of several sequences each.
+        """
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.accelerator.num_processes == 1 or not batches or self.args.packing:
+            return batches, count
+        if self.accelerator.gradient_state.end_of_dataloader:
+            batch = SequenceBatch(batches[-1])
+            rows, everywhere = len(batch), len(batch) * self.accelerator.num_processes
+            if has_length(self.train_dataset):
+                last = len(self.train_dataset) % everywhere
+            else:
+                last = self.accelerator.gradient_state.remainder % everywhere
+            if last > 0 and not self.args.dataloader_drop_last:
+                real = min(max(last - rows * self.accelerator.process_index, 0), rows)
+                batches[-1] = batch.without_labels(range(real, rows)).inputs
+                count = self._get_num_items_in_batch(batches, device)
+        return batches, count
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         if self.args.loss_normalization == "sequence":
             # The transformers Trainer counts labels; give it one label for each sequence that has any.
@@ -423,8 +448,22 @@ class MCLTrainer(SFTTrainer):
             scores, num_tokens, winners = (self._gather_ragged(tensor) for tensor in tensors)
         else:
             scores, num_tokens, winners = self.accelerator.gather_for_metrics(tensors)
+        if self.model.training:
+            self._refuse_broken_hypotheses(scores[num_tokens > 0])
         window.add(scores, num_tokens, winners)
         return set(winners[num_tokens > 0].tolist())
+
+    def _refuse_broken_hypotheses(self, scores: torch.Tensor) -> None:
+        """Raise a FloatingPointError if a hypothesis gives no sequence of a batch a finite score: it would never win again."""
+        broken = (~scores.isfinite()).all(dim=0).nonzero().flatten().tolist() if len(scores) else []
+        if not broken:
+            return
+        checks.check_finite(self.model)
+        raise FloatingPointError(
+            f"Hypothesis {', '.join(map(str, broken))} gave no sequence of step {self.state.global_step} a finite score, so it "
+            "cannot compete any more, though all trained weights are finite. The base model has weights that are not, or its "
+            "activations overflow: use bf16 or float32 in place of fp16, or lower `learning_rate`."
+        )
 
     def _gather_ragged(self, tensor: torch.Tensor, fill: int = 0) -> torch.Tensor:
         """`tensor` of all processes; where their lengths may differ, shorter ones are filled up."""
@@ -506,10 +545,42 @@ class MCLTrainer(SFTTrainer):
         return self._eval_window
 
     # ------------------------------------------------------------------------------------------------------------
-    # Resuming
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer; a checkpoint is whole once its manifest is there, and older ones are removed only then."""
+        checks.check_finite(self.model)
+        checkpoint = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with self.accelerator.local_main_process_first():
+            if self.args.should_save:
+                checkpoints.discard(checkpoint)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with checkpoints.whole_or_nothing(checkpoint):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    checkpoints.write_manifest(checkpoint, self.accelerator.num_processes)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(checkpoint.parent),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As Trainer, but no file that is there is ever half overwritten."""
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        with checkpoints.staged(Path(str(output_dir or self.args.output_dir))) as staging:
+            super()._save(str(staging), state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # With the rest of what resuming needs, and before the state of the trainer, which marks a whole checkpoint.
+        # With the rest of what resuming needs.
         super()._save_rng_state(output_dir)
         if self._remembered is not None and self.args.should_save:
             self._remembered.save(output_dir)
@@ -520,12 +591,37 @@ class MCLTrainer(SFTTrainer):
             self._remembered.load(checkpoint)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As SFTTrainer. `resume_from_checkpoint=True` takes the newest checkpoint that was written whole."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(checks.last_whole_checkpoint(Path(str(self.args.output_dir))))
+        """As SFTTrainer. `resume_from_checkpoint=True` takes the newest checkpoint that is whole.
+
+        Raises:
+            ValueError: There is no whole checkpoint, or the named one is not whole or from another number of processes; or
+                the model has nothing to train, or weights that are not finite.
+        """
         checks.check_trainable(self.model)
+        checks.check_finite(self.model)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint)
         self._forget_earlier_runs()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _choose_checkpoint(self, wanted: str | bool) -> str:
+        """The checkpoint to resume from, which the first process chooses for all."""
+        choice: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                if wanted is True:
+                    checkpoint = checkpoints.last_whole_checkpoint(Path(str(self.args.output_dir)))
+                else:
+                    checkpoint = Path(str(wanted))
+                    checkpoints.check_checkpoint(checkpoint)
+                checks.check_same_processes(checkpoint, checkpoints.processes_of(checkpoint), self.accelerator)
+                choice = [str(checkpoint), None]
+            except ValueError as error:
+                choice = [None, str(error)]
+        checkpoint_name, problem = broadcast_object_list(choice)
+        if problem is not None:
+            raise ValueError(problem)
+        return checkpoint_name
 
 
 class _Competition:

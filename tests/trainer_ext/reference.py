@@ -116,6 +116,7 @@ def trainer_for(output_dir: Path, *, model: Any = None, data: Any = None, **opti
         "formatting_func",
         "peft_config",
         "optimizers",
+        "quantization_config",
     )
     own = {name: options.pop(name) for name in names if name in options}
     model = tiny_llama() if model is None else model

@@ -48,7 +48,7 @@ from tests.trainer_ext.reference import (
     weights_by_hand,
     word_tokenizer,
 )
-from trainer_ext import MCLConfig, MCLTrainer, checks
+from trainer_ext import MCLConfig, MCLTrainer
 from trainer_ext.metrics import competition_metrics
 
 
@@ -666,14 +666,6 @@ def test_resuming_skips_a_checkpoint_that_was_not_written_to_its_end(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert starts == [6]
     assert logged(resumed, "loss") == logged(whole, "loss")
-
-
-def test_the_newest_whole_checkpoint_is_that_of_the_last_step(tmp_path):
-    for name, state in (("9", "{}"), ("10", "{}"), ("11", '{"epo'), ("x", "{}"), ("", "{}")):
-        (tmp_path / f"checkpoint-{name}").mkdir()
-        (tmp_path / f"checkpoint-{name}" / "trainer_state.json").write_text(state)
-    (tmp_path / "checkpoint-12").write_text("a file")
-    assert checks.last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_resume_is_off_by_default_and_with_false(tmp_path):
