@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.utils import ParallelismConfig
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ParallelismConfig
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
@@ -155,8 +156,103 @@ def test_sequence_parallelism_is_refused(name):
 def test_other_parallelism_is_not_refused(config):
     class Accelerator:
         parallelism_config = config
+        num_processes = 2
+        even_batches = True
 
     checks.check_parallelism(Accelerator())
+
+
+def test_uneven_batches_are_refused_on_several_processes():
+    class Accelerator:
+        parallelism_config = None
+        num_processes = 2
+        even_batches = False
+
+    with pytest.raises(ValueError, match=says("even_batches", "wait for ever", "Leave it at True")):
+        checks.check_parallelism(Accelerator())
+    Accelerator.num_processes = 1
+    checks.check_parallelism(Accelerator())
+
+
+LAUNCHED_BY_ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "world_size", "parts"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, 1, ("2 processes were launched", "--use_cpu")),
+        ({"WORLD_SIZE": "4", "RANK": "0"}, 2, ("4 processes were launched",)),
+        (LAUNCHED_BY_ACCELERATE, 1, ("several processes", "starts only one", "torchrun --nproc_per_node")),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, 2, None),
+        ({**LAUNCHED_BY_ACCELERATE, "WORLD_SIZE": "2", "RANK": "1"}, 2, None),
+        ({**LAUNCHED_BY_ACCELERATE, "WORLD_SIZE": "1", "RANK": "0"}, 1, None),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, 1, None),
+        ({}, 1, None),
+    ],
+)
+def test_launches_with_fewer_processes_than_asked_for_are_refused(monkeypatch, variables, world_size, parts):
+    for name in (*LAUNCHED_BY_ACCELERATE, "WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if parts is None:
+        checks.check_launch(world_size)
+    else:
+        with pytest.raises(RuntimeError, match=says(*parts)):
+            checks.check_launch(world_size)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DeepSpeed"])
+def test_sharding_that_does_not_happen_is_refused(monkeypatch, tmp_path, kind):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind.upper()}", "true")
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setitem(accelerator.state.__dict__, "distributed_type", DistributedType.MULTI_CPU)
+    with pytest.raises(RuntimeError, match=says(f"{kind} was asked for", "MULTI_CPU", "recipes/accelerate")):
+        checks.check_sharding(accelerator)
+    monkeypatch.setitem(accelerator.state.__dict__, "distributed_type", DistributedType(kind.upper()))
+    checks.check_sharding(accelerator)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_named_before_training(tmp_path, value):
+    trainer = trainer_for(tmp_path, save_strategy="steps", save_steps=1)
+    name, parameter = next((n, p) for n, p in trainer.model.named_parameters() if "layers.1" in n and "mclora_B" in n)
+    parameter.data[1, 0, 0] = value
+    with pytest.raises(ValueError, match=says("NaN or infinite", "1 of its", name)):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_weights_that_stop_being_finite_are_not_saved(tmp_path):
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                next(p for n, p in model.named_parameters() if "mclora_B" in n).data[2] = math.nan
+
+    trainer = trainer_for(tmp_path, save_strategy="steps", save_steps=1, callbacks=[Break()])
+    with pytest.raises(ValueError, match=says("NaN or infinite", "1 of its", "nothing is saved")):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_hypothesis_that_broke_is_an_error_in_the_next_step(tmp_path):
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                next(p for n, p in model.named_parameters() if "mclora_B" in n).data[2] = math.nan
+
+    trainer = trainer_for(tmp_path, callbacks=[Break()])
+    with pytest.raises(ValueError, match=says("NaN or infinite", "mclora_B")):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_base_model_that_is_broken_is_an_error_in_the_first_step(tmp_path):
+    base = tiny_llama()
+    base.model.norm.weight.data[0] = math.nan
+    trainer = trainer_for(tmp_path, model=base)
+    with pytest.raises(FloatingPointError, match=says("Hypothesis 0, 1, 2", "step 0", "base model")):
+        trainer.train()
 
 
 @pytest.mark.skipif(torch.accelerator.current_accelerator() is not None, reason="there is an accelerator")

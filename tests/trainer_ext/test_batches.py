@@ -119,6 +119,17 @@ def test_prefixes(layout, count):
     assert torch.equal(batch.labels, before)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("hidden", [[], [1], [0, 5], range(2, 6), range(6)])
+def test_sequences_without_labels(layout, hidden):
+    batch = SequenceBatch(collated(layout))
+    before = batch.labels.clone()
+    found = batch.without_labels(hidden)
+    assert contents(found) == [[] if row in hidden else own for row, own in enumerate(contents(batch))]
+    assert torch.equal(found.inputs["input_ids"], batch.inputs["input_ids"])
+    assert torch.equal(batch.labels, before)
+
+
 def test_keys_tell_sequences_apart_by_content_alone():
     keys = {layout: SequenceBatch(collated(layout)).keys for layout in LAYOUTS}
     assert keys["padded"] == keys["packed"]

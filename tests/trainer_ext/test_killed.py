@@ -17,18 +17,20 @@ from trainer_ext.checkpoints import find_damage
 pytestmark = pytest.mark.slow
 
 
-def launcher(kind, root):
+def command(kind, root):
+    scripts = "tests/trainer_ext"
     if kind == "zero3":
-        return deepspeed(root, {"stage": 3, "stage3_param_persistence_threshold": 0})
-    return torchrun() if kind == "ddp" else [sys.executable]
+        return [*deepspeed(root, {"stage": 3, "stage3_param_persistence_threshold": 0}), f"{scripts}/killed_run.py"]
+    if kind == "fsdp2":
+        return [*torchrun(), f"{scripts}/fsdp2.py", "killed"]
+    return [*(torchrun() if kind == "ddp" else [sys.executable]), f"{scripts}/killed_run.py"]
 
 
-@pytest.mark.parametrize("kind", ["one process", "ddp", pytest.param("zero3", marks=needs_compiler)])
+@pytest.mark.parametrize("kind", ["one process", "ddp", "fsdp2", pytest.param("zero3", marks=needs_compiler)])
 def test_killed_runs_go_on(kind, tmp_path):
     for phase in ("between", "during", "not"):
-        script = ["tests/trainer_ext/killed_run.py", str(tmp_path), phase]
         # The last sees what the second left: a half-written checkpoint of step 6, which is newer than the whole one of step 4.
-        finished = finish([*launcher(kind, tmp_path), *script], timeout=240)
+        finished = finish([*command(kind, tmp_path), str(tmp_path), phase], timeout=240)
         assert (finished.returncode == 0) == (phase == "not"), finished.stderr[-3000:]
         if phase == "during":
             half = tmp_path / "cut" / f"checkpoint-{KILLED_DURING}"

@@ -1,4 +1,4 @@
-"""The same global batch gives the same run, whatever it is launched with: one process, DDP, ZeRO-1, 2 and 3."""
+"""The same global batch gives the same run, whatever it is launched with: one process, DDP, ZeRO-1, 2 and 3, FSDP2."""
 
 from __future__ import annotations
 
@@ -20,26 +20,30 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 # The kind of launch, DeepSpeed's `zero_optimization`, and the cases.
 LAUNCHES: dict[str, tuple[dict | None, list[str]]] = {
     "ddp": (None, [*CASES, QUANTISED]),
+    "fsdp2": (None, [*CASES]),
     "zero1": ({"stage": 1}, [*OBJECTIVES]),
     "zero2": ({"stage": 2}, [*CASES, QUANTISED]),
     "zero2, offloaded": ({"stage": 2, **OFFLOAD}, ["annealed", "checkpointed"]),
     "zero3": ({"stage": 3, **SHARD_ALL}, [*CASES, QUANTISED]),
     "zero3, offloaded": ({"stage": 3, **SHARD_ALL, **OFFLOAD}, ["annealed", "checkpointed"]),
 }
-PAIRS = [(kind, case) for kind, (_, cases) in LAUNCHES.items() for case in cases]
+SEEN = {
+    "ddp": ("MULTI_CPU", "DistributedDataParallel"),
+    "fsdp2": ("FSDP", "FSDPPeftModelForCausalLM"),
+}
+KINDS = [pytest.param(kind, marks=needs_compiler if zero else ()) for kind, (zero, _) in LAUNCHES.items()]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(kind, marks=needs_compiler) if zero else kind for kind, (zero, _) in LAUNCHES.items()],
-)
+@pytest.fixture(scope="module", params=KINDS)
 def launched(request, tmp_path_factory):
     """The kind of launch, and what each of its two processes with four rows each saw, by case."""
     zero, cases = LAUNCHES[request.param]
     root = tmp_path_factory.mktemp("launched")
     save_base(root)
     launcher = torchrun() if zero is None else deepspeed(root, zero)
-    finished = finish([*launcher, "tests/trainer_ext/launched_run.py", str(root), str(GLOBAL_BATCH // 2), *cases])
+    script = ["fsdp2.py", "launched"] if request.param == "fsdp2" else ["launched_run.py"]
+    script[0] = f"tests/trainer_ext/{script[0]}"
+    finished = finish([*launcher, *script, str(root), str(GLOBAL_BATCH // 2), *cases])
     assert finished.returncode == 0, finished.stderr[-3000:]
     return request.param, [json.loads((root / f"process_{rank}.json").read_text()) for rank in range(2)]
 
@@ -70,8 +74,7 @@ def test_the_launch_is_what_it_seems(launched):
     for own in processes:
         for found in own.values():
             assert found["processes"] == 2
-            assert found["distributed_type"] == ("MULTI_CPU" if zero is None else "DEEPSPEED")
-            assert found["wrapper"] == ("DistributedDataParallel" if zero is None else "DeepSpeedEngine")
+            assert (found["distributed_type"], found["wrapper"]) == SEEN.get(kind, ("DEEPSPEED", "DeepSpeedEngine"))
             assert found["zero_stage"] == (None if zero is None else zero["stage"])
 
 
