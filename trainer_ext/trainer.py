@@ -374,19 +374,19 @@ class MCLTrainer(SFTTrainer):
         """As Trainer; sequences that fill up the last batch of an epoch on several processes are not learned from twice.
 
         Each process gets as many batches of as many rows. Those that begin again from the first sequence lose their labels
-        here, so a step is the one that a single process makes. Not in packed rows of several sequences each.
+        here, so a step is the one that a single process makes. Not in packed rows of several sequences each, nor where the
+        length of the data set is unknown.
         """
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.accelerator.num_processes == 1 or not batches or self.args.packing:
+        processes = self.accelerator.num_processes
+        if processes == 1 or not batches or self.args.packing or not has_length(self.train_dataset):
             return batches, count
-        if self.accelerator.gradient_state.end_of_dataloader:
+        if self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
             batch = SequenceBatch(batches[-1])
-            rows, everywhere = len(batch), len(batch) * self.accelerator.num_processes
-            if has_length(self.train_dataset):
-                last = len(self.train_dataset) % everywhere
-            else:
-                last = self.accelerator.gradient_state.remainder % everywhere
-            if last > 0 and not self.args.dataloader_drop_last:
+            rows = len(batch)
+            last = len(self.train_dataset) % (rows * processes)
+            if last > 0:
+                # The rows of the first process come first.
                 real = min(max(last - rows * self.accelerator.process_index, 0), rows)
                 batches[-1] = batch.without_labels(range(real, rows)).inputs
                 count = self._get_num_items_in_batch(batches, device)
