@@ -140,12 +140,19 @@ def check_offloading(args: Any) -> None:
         )
 
 
-def check_launch(world_size: int) -> None:
-    """Raise a RuntimeError if fewer processes run than the user has launched or asked for.
+def check_launch(world_size: int, num_devices: int) -> None:
+    """Raise a RuntimeError if fewer processes run than the user has launched, asked for, or needs.
 
     Args:
         world_size (`int`): The processes that take part, as transformers has found them.
+        num_devices (`int`): The GPUs that this one would use (`TrainingArguments.n_gpu`).
     """
+    if num_devices > 1:
+        raise RuntimeError(
+            f"One process would spread its rows over {num_devices} GPUs (nn.DataParallel), which cannot route them to hypotheses. "
+            f"Launch a process for each with `accelerate launch --num_processes {num_devices}` or `torchrun --nproc_per_node "
+            f"{num_devices}`, or show it one with CUDA_VISIBLE_DEVICES=0."
+        )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched > world_size:
         raise RuntimeError(

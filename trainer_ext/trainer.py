@@ -116,7 +116,7 @@ class MCLTrainer(SFTTrainer):
         formatting_func: Callable[..., Any] | None = None,
     ) -> None:
         args = _as_mcl_config(args, model)
-        checks.check_launch(args.world_size)
+        checks.check_launch(args.world_size, args.n_gpu)
         checks.check_model(model, peft_config)
         if compute_loss_func is not None:
             raise ValueError(

@@ -196,10 +196,18 @@ def test_launches_with_fewer_processes_than_asked_for_are_refused(monkeypatch, v
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     if parts is None:
-        checks.check_launch(world_size)
+        checks.check_launch(world_size, 1)
     else:
         with pytest.raises(RuntimeError, match=says(*parts)):
-            checks.check_launch(world_size)
+            checks.check_launch(world_size, 1)
+
+
+def test_several_gpus_need_several_processes():
+    with pytest.raises(
+        RuntimeError, match=says("4 GPUs", "nn.DataParallel", "--num_processes 4", "CUDA_VISIBLE_DEVICES=0")
+    ):
+        checks.check_launch(1, 4)
+    checks.check_launch(1, 0)
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DeepSpeed"])
