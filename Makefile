@@ -1,5 +1,6 @@
 # make quickstart   set up, then train, evaluate and decode three hypotheses on real text (2 CPU cores: about 11 minutes)
 # make test         set up, then lint, types and all tests
+# make test-long    more tests of the same kinds (resuming under ZeRO-1 and 2)
 # make lint         lint and types alone
 # make long-run     2,000 steps of a tiny model: memory, pace, win shares (2 minutes)
 
@@ -12,7 +13,7 @@ RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 LAUNCH := $(RUN) $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(CORES)
 
-.PHONY: setup test lint quickstart long-run clean
+.PHONY: setup test lint quickstart test-long long-run clean
 
 setup: .venv/.ready
 
@@ -31,6 +32,9 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-long: setup
+	$(BIN)/python -m pytest -m long
 
 long-run: setup
 	$(RUN) PYTHONPATH=. $(BIN)/python tests/long_run.py

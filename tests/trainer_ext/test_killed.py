@@ -19,14 +19,27 @@ pytestmark = pytest.mark.slow
 
 def command(kind, root):
     scripts = "tests/trainer_ext"
-    if kind == "zero3":
-        return [*deepspeed(root, {"stage": 3, "stage3_param_persistence_threshold": 0}), f"{scripts}/killed_run.py"]
+    if kind.startswith("zero"):
+        return [
+            *deepspeed(root, {"stage": int(kind[-1]), "stage3_param_persistence_threshold": 0}),
+            f"{scripts}/killed_run.py",
+        ]
     if kind == "fsdp2":
         return [*torchrun(), f"{scripts}/fsdp2.py", "killed"]
     return [*(torchrun() if kind == "ddp" else [sys.executable]), f"{scripts}/killed_run.py"]
 
 
-@pytest.mark.parametrize("kind", ["one process", "ddp", "fsdp2", pytest.param("zero3", marks=needs_compiler)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "one process",
+        "ddp",
+        "fsdp2",
+        pytest.param("zero1", marks=[needs_compiler, pytest.mark.long]),
+        pytest.param("zero2", marks=[needs_compiler, pytest.mark.long]),
+        pytest.param("zero3", marks=needs_compiler),
+    ],
+)
 def test_killed_runs_go_on(kind, tmp_path):
     for phase in ("between", "during", "not"):
         # The last sees what the second left: a half-written checkpoint of step 6, which is newer than the whole one of step 4.
