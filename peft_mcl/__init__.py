@@ -6,12 +6,19 @@ for Language Modeling" (arXiv 2507.10419).
 """
 
 from peft_mcl.config import MCLoraConfig
-from peft_mcl.convert import export_hypotheses, from_lora_adapters
+from peft_mcl.convert import export_hypotheses, from_lora_adapters, split_lora_adapter
 from peft_mcl.model import MCLoraModel
 from peft_mcl.registration import register
 from peft_mcl.version import __version__
 
 
-__all__ = ["MCLoraConfig", "MCLoraModel", "__version__", "export_hypotheses", "from_lora_adapters"]
+__all__ = [
+    "MCLoraConfig",
+    "MCLoraModel",
+    "__version__",
+    "export_hypotheses",
+    "from_lora_adapters",
+    "split_lora_adapter",
+]
 
 register(MCLoraConfig, MCLoraModel)
