@@ -9,6 +9,7 @@ from peft_mcl.config import MCLoraConfig
 from peft_mcl.convert import export_hypotheses, from_lora_adapters, split_lora_adapter
 from peft_mcl.model import MCLoraModel
 from peft_mcl.registration import register
+from peft_mcl.serving import check_serving
 from peft_mcl.version import __version__
 
 
@@ -16,6 +17,7 @@ __all__ = [
     "MCLoraConfig",
     "MCLoraModel",
     "__version__",
+    "check_serving",
     "export_hypotheses",
     "from_lora_adapters",
     "split_lora_adapter",

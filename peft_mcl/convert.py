@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from peft.utils import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
 from peft_mcl.config import MCLoraConfig, require_positive_int
@@ -88,7 +91,7 @@ def _rename(key: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> str | Non
     return None
 
 
-def _refuse(headline: str, problems: Sequence[str]) -> None:
+def refuse(headline: str, problems: Sequence[str]) -> None:
     """Raise a ValueError that lists the problems, if there are any."""
     if problems:
         listed = [f"  - {problem}" for problem in problems[:MOST_LISTED]]
@@ -102,7 +105,12 @@ def _refuse(headline: str, problems: Sequence[str]) -> None:
 
 
 def export_hypotheses(
-    model: Any, out_dir: str | os.PathLike[str], adapter_name: str = "default", token: str | None = None
+    model: Any,
+    out_dir: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    portable: bool = False,
+    token: str | None = None,
 ) -> list[Path]:
     """Write every hypothesis as an ordinary PEFT LoRA adapter, for plain PEFT, vLLM, SGLang or LoRAX.
 
@@ -114,6 +122,9 @@ def export_hypotheses(
             all of them are written; those that are there are replaced, those of an earlier export with more hypotheses are
             removed, and all are kept if writing fails. Call it on one process only.
         adapter_name (`str`): The adapter to export, if `model` is a model.
+        portable (`bool`): Write adapters for programs that know nothing but `lora_alpha / r` and lists of names: the scale of
+            each module is multiplied into its B, smaller ranks (`rank_pattern`) are filled up with zeros, and a regular
+            expression becomes the list of the modules. The same function, up to the rounding of B in its dtype.
         token (`str`, *optional*): Token of the Hub, instead of the one that is logged in.
 
     Returns:
@@ -135,17 +146,9 @@ def export_hypotheses(
             fan_in_fan_out=any(m.fan_in_fan_out for m in model.modules() if isinstance(m, MCLoraLayer)),
             auto_mapping=None if config.task_type else auto_mapping,
         )
-    wrong = [
-        f"{key} has the shape {tuple(tensor.shape)}"
-        for key, tensor in state.items()
-        if _rename(key, _TO_LORA) and (tensor.dim() != 3 or tensor.shape[0] != config.num_hypotheses)
-    ]
-    # Weights that are sharded over processes (DeepSpeed ZeRO-3, FSDP) look like this, for one.
-    _refuse(
-        f"`model`: the adapter should have {config.num_hypotheses} hypotheses in the first of 3 dimensions. If its weights are "
-        "sharded over several processes, save the model and export the saved adapter:",
-        wrong,
-    )
+    _check_stacked(config.num_hypotheses, state)
+    if portable:
+        lora, state = _fold(lora, state)
 
     root = Path(out_dir)
     root.mkdir(parents=True, exist_ok=True)
@@ -181,9 +184,47 @@ def _read_hypotheses(source: SavedAdapter) -> tuple[MCLoraConfig, dict[str, torc
     return config, source.read_weights()
 
 
+def _check_stacked(num_hypotheses: int, state: dict[str, torch.Tensor]) -> None:
+    """Raise a ValueError unless there are parameters of K hypotheses, and nothing less."""
+    stacked = {key: tuple(tensor.shape) for key, tensor in state.items() if _rename(key, _TO_LORA)}
+    problems = [
+        f"{key} has the shape {shape}"
+        for key, shape in stacked.items()
+        if len(shape) != 3 or shape[0] != num_hypotheses or 0 in shape
+    ]
+    # As DeepSpeed ZeRO-3 and FSDP leave it, for one.
+    refuse(
+        f"`model`: an adapter of {num_hypotheses} hypotheses has three-dimensional parameters, {num_hypotheses} in the first "
+        "one (if the weights are sharded over processes, save the model and export the saved adapter), but",
+        problems if stacked else ["there is none"],
+    )
+
+
 def _lora_config(config: MCLoraConfig, fan_in_fan_out: bool, auto_mapping: dict[str, str] | None) -> LoraConfig:
     options = {name: getattr(config, name) for name in SHARED_OPTIONS}
     return LoraConfig(**options, fan_in_fan_out=fan_in_fan_out, inference_mode=True, auto_mapping=auto_mapping)
+
+
+def _fold(lora: LoraConfig, state: dict[str, torch.Tensor]) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """The same adapter with one rank, and a scale of one, for all modules."""
+    names = {key: renamed for key in state if (renamed := _rename(key, _TO_LORA))}
+    # `lora_embedding_A` or `lora_A.weight`, and so for B.
+    modules = {key: re.sub(r"\.lora_.*$", "", name.removeprefix(PREFIX)) for key, name in names.items()}
+    rank = max(state[key].shape[1] for key in names if not _IS_B.search(key))
+    folded = dict(state)
+    for key, module in modules.items():
+        tensor = state[key]
+        # A is (K, r, in), B is (K, out, r).
+        if _IS_B.search(key):
+            r = tensor.shape[2]
+            alpha = lora.alpha_pattern.get(get_pattern_key(lora.alpha_pattern.keys(), module), lora.lora_alpha)
+            scale = alpha / (math.sqrt(r) if lora.use_rslora else r)
+            folded[key] = torch.nn.functional.pad((tensor.float() * scale).to(tensor.dtype), (0, rank - r))
+        else:
+            folded[key] = torch.nn.functional.pad(tensor, (0, 0, 0, rank - tensor.shape[1]))
+    targets = sorted(set(modules.values())) if isinstance(lora.target_modules, str) else lora.target_modules
+    plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    return replace(lora, **plain, target_modules=targets), folded
 
 
 def _weights_of(state: dict[str, torch.Tensor], hypothesis: int) -> dict[str, torch.Tensor]:
@@ -270,7 +311,7 @@ def from_lora_adapters(
     configs = _read_lora_configs(sources)
     states = [source.read_weights() for source in sources]
     problems = _different_options(sources, configs) + _different_weights(sources, states)
-    _refuse("`adapters` must have one shape to be hypotheses of one model, but", problems)
+    refuse("`adapters` must have one shape to be hypotheses of one model, but", problems)
     stacked = {}
     for key, tensor in states[0].items():
         renamed = _rename(key, _FROM_LORA)
@@ -360,14 +401,15 @@ def _read_lora_configs(sources: Sequence[SavedAdapter]) -> list[Any]:
     for source in sources:
         try:
             configs.append(source.read_config())
-            problems += _not_plain_lora(source.name, configs[-1])
+            problems += not_plain_lora(source.name, configs[-1])
         except ValueError as error:
             problems.append(str(error))
-    _refuse("`adapters` must be ordinary LoRA adapters, but", problems)
+    refuse("`adapters` must be ordinary LoRA adapters, but", problems)
     return configs
 
 
-def _not_plain_lora(name: str, config: Any) -> list[str]:
+def not_plain_lora(name: str, config: Any) -> list[str]:
+    """What makes an adapter something other than plain LoRA."""
     # AdaLoRA's configuration is a LoraConfig, too.
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         return [f"{name} has a {type(config).__name__}; it is not an ordinary LoRA adapter"]
@@ -456,11 +498,11 @@ def _put_into(
         else:
             model = get_peft_model(base, config, **options)
     except ValueError as error:
-        _refuse(headline, [*problems, str(error)])
+        refuse(headline, [*problems, str(error)])
     problems = problems + _misfits(model, adapter_name, stacked)
     if problems:
         model.delete_adapter(adapter_name) if is_adapted else model.unload()
-    _refuse(headline, problems)
+    refuse(headline, problems)
     set_peft_model_state_dict(model, stacked, adapter_name=adapter_name)
     return model
 

@@ -385,23 +385,27 @@ def adapt(
 ) -> MCLoraLinear | MCLoraEmbedding:
     """Wrap `base_layer` in the adapted layer for its type.
 
+    That may be a layer that an adapter of another type has wrapped (an ordinary LoRA adapter, say). Its update is then part
+    of `base_layer(x)`, while that adapter is active.
+
     Raises:
         TypeError: The layer is of a type that cannot be adapted; the message names the module and its class.
     """
-    backend = resolve_quantization_backend(base_layer, **kwargs)
+    innermost = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+    backend = resolve_quantization_backend(innermost, **kwargs)
     layer_class: type[MCLoraLinear] | type[MCLoraEmbedding]
-    if isinstance(base_layer, (nn.Linear, Conv1D)) or (backend is not None and backend.layer_type == "linear"):
+    if isinstance(innermost, (nn.Linear, Conv1D)) or (backend is not None and backend.layer_type == "linear"):
         layer_class = MCLoraLinear
-    elif isinstance(base_layer, nn.Embedding):
+    elif isinstance(innermost, nn.Embedding):
         for option in ("max_norm", "sparse", "scale_grad_by_freq"):
-            if getattr(base_layer, option):
+            if getattr(innermost, option):
                 raise TypeError(
                     f"Target module {module_name!r} is an nn.Embedding with `{option}`, which is not supported."
                 )
         layer_class = MCLoraEmbedding
     else:
         raise TypeError(
-            f"Target module {module_name!r} is a {type(base_layer).__name__}, which is not supported. Supported are "
+            f"Target module {module_name!r} is a {type(innermost).__name__}, which is not supported. Supported are "
             "nn.Linear, Conv1D (transformers), quantised linear layers and nn.Embedding: change `target_modules` or name "
             "the module in `exclude_modules`."
         )

@@ -47,6 +47,9 @@ class MCLConfig(SFTConfig):
             the metrics. Where all rows carry weight and none is scored first, all tokens count.
         no_win_warning_steps (`int`): Warn about a hypothesis that has won no sequence for this many optimizer steps; 0 for
             never.
+        save_hypotheses (`bool`): Whenever the model is saved or pushed, put each hypothesis beside it as an ordinary LoRA
+            adapter, `hypothesis_0/` and so on, for plain PEFT and serving engines. Checkpoints to resume from do not get
+            them (transformers would take them for adapters of the model), but what is pushed during training does.
 
     Raises:
         ValueError: A value is out of its range, or an option of SFTConfig makes no sense with one loss for each sequence;
@@ -104,6 +107,10 @@ class MCLConfig(SFTConfig):
     )
     no_win_warning_steps: int = field(
         default=100, metadata={"help": "Warn about a hypothesis without a win for this many steps; 0 for never."}
+    )
+    save_hypotheses: bool = field(
+        default=False,
+        metadata={"help": "Save each hypothesis as an ordinary LoRA adapter, too, in hypothesis_0/, hypothesis_1/ ..."},
     )
 
     def __post_init__(self) -> None:

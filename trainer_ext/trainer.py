@@ -14,10 +14,11 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, has_length, rotate_checkpoints
 from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
 
+from peft_mcl import export_hypotheses
 from trainer_ext import checkpoints, checks
 from trainer_ext.batches import SequenceBatch
 from trainer_ext.config import MCLConfig
@@ -578,6 +579,29 @@ class MCLTrainer(SFTTrainer):
             return
         with checkpoints.staged(Path(str(output_dir or self.args.output_dir))) as staging:
             super()._save(str(staging), state_dict)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As SFTTrainer, and with `save_hypotheses` each hypothesis as an ordinary LoRA adapter beside the model."""
+        super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or str(self.args.output_dir))
+        # Trainer would resume from the adapters in a checkpoint as from those of the model.
+        if not folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            self._save_hypotheses(folder, folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.args.hub_strategy != HubStrategy.END:
+            self._save_hypotheses(Path(checkpoint_folder), Path(str(self.args.output_dir)))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_hypotheses(self, saved: Path, folder: Path) -> None:
+        """Write the hypotheses of the saved adapter into `folder`, if the user wants them."""
+        if not self.args.save_hypotheses or not self.args.should_save:
+            return
+        # PEFT saves an adapter of any other name in a directory of that name.
+        name = self.model.active_adapter
+        name = "" if name == "default" else name
+        # From the file that was just written: it holds all of the weights, also where this process does not.
+        export_hypotheses(saved / name, folder / name)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # With the rest of what resuming needs.
