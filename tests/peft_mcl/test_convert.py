@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from peft_mcl import MCLoraConfig, convert, export_hypotheses, from_lora_adapters
+from peft_mcl import MCLoraConfig, convert, export_hypotheses, from_lora_adapters, split_lora_adapter
 from peft_mcl.layer import MCLoraLayer
 from tests.tiny import FAMILIES, VOCABULARY, tiny_gpt2, tiny_llama, tiny_t5, with_hypotheses
 
@@ -94,13 +96,16 @@ def test_plain_peft_reads_every_hypothesis(name: str, tmp_path: Path):
         lora = PeftModel.from_pretrained(build(), directory).eval()
         assert type(lora.peft_config["default"]) is LoraConfig
         together.append(logits(lora))
-        torch.testing.assert_close(together[-1], logits(model, hypotheses=k), rtol=1e-4, atol=1e-4)
+        assert torch.equal(together[-1], logits(model, hypotheses=k))
+    # All at once is another order of additions.
     torch.testing.assert_close(torch.cat(together), logits(model, hypotheses="all"), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(together[0], together[1], atol=1e-3)
     assert not torch.allclose(together[0], logits(build()), atol=1e-3)
 
     # And back.
     again = from_lora_adapters(build(), directories)
+    for k in range(K):
+        assert torch.equal(logits(again, hypotheses=k), together[k])
     torch.testing.assert_close(logits(again, hypotheses="all"), torch.cat(together), rtol=1e-4, atol=1e-4)
     theirs, ours = again.peft_config["default"].to_dict(), model.peft_config["default"].to_dict()
     different = {key for key in ours if theirs[key] != ours[key]}
@@ -201,6 +206,95 @@ def test_nothing_to_export(model: Callable[[], Any], adapter_name: str, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_adapters(dtype: torch.dtype, tmp_path: Path):
+    """Loaded as PEFT loads them, with float32 adapters or with those of the file, to the bit; and written as they were."""
+    torch.manual_seed(1)
+    config = MCLoraConfig(num_hypotheses=K, init_lora_weights=False, target_modules=["embed_tokens", "q_proj", "up_proj"])
+    model = get_peft_model(tiny_llama().to(dtype), config, autocast_adapter_dtype=False).eval()
+    directories = export_hypotheses(model, tmp_path / "first")
+    assert {t.dtype for t in load_file(directories[0] / "adapter_model.safetensors").values()} == {dtype}
+    for options in ({"autocast_adapter_dtype": False}, {}):
+        again = from_lora_adapters(tiny_llama().to(dtype), directories, **options).eval()
+        for k, directory in enumerate(directories):
+            lora = PeftModel.from_pretrained(tiny_llama().to(dtype), directory, **options).eval()
+            assert torch.equal(logits(again, hypotheses=k), logits(lora))
+            if options:
+                assert torch.equal(logits(again, hypotheses=k), logits(model, hypotheses=k))
+        ours = export_hypotheses(again, tmp_path / "second")
+        dtypes = {t.dtype for t in load_file(ours[0] / "adapter_model.safetensors").values()}
+        # The embedding itself comes along and is of the base.
+        assert dtypes == ({dtype} if options else {dtype, torch.float32})
+    weights = [load_file(f / "adapter_model.safetensors") for f in (*directories, *ours)]
+    assert all(torch.equal(weights[k][key].float(), weights[K + k][key].float()) for k in range(K) for key in weights[k])
+
+
+WITHOUT_THIS_PACKAGE = """
+import sys
+import torch
+from peft import AutoPeftModelForCausalLM
+
+ids = torch.arange(4, 22).view(3, 6)
+found = {}
+for directory in sys.argv[2:]:
+    model = AutoPeftModelForCausalLM.from_pretrained(directory).eval()
+    with torch.no_grad():
+        found[directory] = model(input_ids=ids).logits
+torch.save(found, sys.argv[1])
+assert not [name for name in sys.modules if name.partition(".")[0] in ("peft_mcl", "trainer_ext")]
+"""
+
+
+def test_a_process_without_this_package(tmp_path: Path):
+    cases = ("llama, embedding", "gpt2", "rslora, patterns", "modules_to_save")
+    expected = {}
+    for case in cases:
+        build, options = CASES[case]
+        build().save_pretrained(tmp_path / case / "base")
+        model = trained(lambda build=build, case=case: type(build()).from_pretrained(tmp_path / case / "base"), options)
+        for k, directory in enumerate(export_hypotheses(model, tmp_path / case)):
+            expected[str(directory)] = logits(model, hypotheses=k)
+    command = [sys.executable, "-c", WITHOUT_THIS_PACKAGE, str(tmp_path / "logits.pt"), *expected]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=240)
+    found = torch.load(tmp_path / "logits.pt")
+    assert len(found) == K * len(cases)
+    assert all(torch.equal(found[directory], logits_there) for directory, logits_there in expected.items())
+
+
+def test_export_of_a_saved_adapter(tmp_path: Path):
+    """Needs no base model, and gives the files that the model gives."""
+    for case in ("llama, embedding", "rslora, patterns", "modules_to_save", "gpt2", "no task type"):
+        build, options = CASES[case]
+        model = trained(build, options)
+        model.save_pretrained(tmp_path / "saved")
+        export_hypotheses(model, tmp_path / "model")
+        export_hypotheses(tmp_path / "saved", tmp_path / "saved")
+        of_model = snapshot(tmp_path / "model")
+        if case == "gpt2":
+            # Only the model knows; PEFT corrects it as it loads.
+            for name in [name for name in of_model if name.endswith(".json")]:
+                of_model[name] = of_model[name].replace(b'"fan_in_fan_out": true', b'"fan_in_fan_out": false')
+        beside = {name: content for name, content in snapshot(tmp_path / "saved").items() if "/" in name}
+        assert beside == of_model
+        # The adapter itself is where it was.
+        loaded = PeftModel.from_pretrained(build(), tmp_path / "saved").eval()
+        assert torch.equal(logits(loaded, hypotheses="all"), logits(model, hypotheses="all"))
+
+
+def test_saved_adapters_that_hold_no_hypotheses(tmp_path: Path):
+    lora_adapter(tmp_path / "lora")
+    with pytest.raises(ValueError, match="lora has a LoraConfig; it is not an MCLORA adapter"):
+        export_hypotheses(tmp_path / "lora", tmp_path / "out")
+    with_hypotheses(tiny_llama(), K).save_pretrained(tmp_path / "cut")
+    change_weights(tmp_path / "cut", lambda weights: weights.update({key: t[:2] for key, t in weights.items()}))
+    with pytest.raises(ValueError, match=r"(?s)3 in the first .* - .*mclora_A has the shape \(2, 4, 32\).*and 16 more"):
+        export_hypotheses(tmp_path / "cut", tmp_path / "out")
+    change_weights(tmp_path / "cut", dict.clear)
+    with pytest.raises(ValueError, match="(?s)three-dimensional parameters.*- there is none"):
+        export_hypotheses(tmp_path / "cut", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # --- whole or not at all ---
 
 
@@ -261,6 +355,28 @@ def test_a_directory_that_cannot_be_moved_in_keeps_the_older_one(monkeypatch: An
     assert snapshot(tmp_path) == before
 
 
+def test_fewer_hypotheses_than_before(monkeypatch: Any, tmp_path: Path):
+    export_hypotheses(with_hypotheses(tiny_llama(), 4, seed=1), tmp_path)
+    # Not written by an export.
+    (tmp_path / "hypothesis_9").mkdir()
+    (tmp_path / "hypothesis_9" / "notes.txt").write_text("mine")
+    before = snapshot(tmp_path)
+    rename = Path.rename
+
+    def failing_rename(self: Path, target: Path) -> Path:
+        if Path(target) == tmp_path / "hypothesis_1":
+            monkeypatch.undo()
+            raise OSError("cannot rename")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing_rename)
+    with pytest.raises(OSError, match="cannot rename"):
+        export_hypotheses(with_hypotheses(tiny_llama(), 2, seed=5), tmp_path)
+    assert snapshot(tmp_path) == before
+    export_hypotheses(with_hypotheses(tiny_llama(), 2, seed=5), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hypothesis_0", "hypothesis_1", "hypothesis_9"]
+
+
 def test_a_new_export_replaces_the_older_one(tmp_path: Path):
     export_hypotheses(with_hypotheses(tiny_llama(), seed=1), tmp_path / "twice")
     (tmp_path / "twice" / "hypothesis_1" / "optimizer.bin").write_text("of the older one")
@@ -284,7 +400,7 @@ def test_separately_made_adapters(is_trainable: bool, tmp_path: Path):
     model = from_lora_adapters(tiny_llama(), [tmp_path / str(seed) for seed in range(4)], is_trainable=is_trainable)
     model.eval()
     assert model.peft_config["default"].num_hypotheses == 4
-    torch.testing.assert_close(logits(model, hypotheses="all"), torch.cat(expected), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(logits(model, hypotheses=k), expected[k]) for k in range(4))
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     adapters = {name for name, _ in model.named_parameters() if "mclora_" in name}
     assert trainable == (adapters if is_trainable else set())
@@ -435,15 +551,154 @@ def test_nothing_or_no_list_of_adapters(tmp_path: Path):
 
 
 def test_files_that_are_missing_or_broken(tmp_path: Path):
-    for name in ("good", "empty", "cut"):
+    for name in ("good", "empty", "cut", "pickled"):
         lora_adapter(tmp_path / name)
+    (tmp_path / "pickled" / "adapter_model.safetensors").unlink()
+    torch.save(load_file(tmp_path / "good" / "adapter_model.safetensors"), tmp_path / "pickled" / "adapter_model.bin")
     (tmp_path / "empty" / "adapter_model.safetensors").unlink()
     weights = tmp_path / "cut" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     good = tmp_path / "good"
-    refuse(tiny_llama(), [good, tmp_path / "none"], "adapter_config.json.*none")
+    refuse(tiny_llama(), [good, tmp_path / "none"], "adapter_config.json in .*none: there is no such folder")
+    (tmp_path / "bare").mkdir()
+    refuse(tiny_llama(), [good, tmp_path / "bare"], "(?s)adapter_config.json of the adapter .*bare cannot be found")
+    (tmp_path / "good" / "adapter_config.json").rename(tmp_path / "bare" / "adapter_config.json")
+    (tmp_path / "good" / "adapter_config.json").write_text("{")
+    refuse(tiny_llama(), [good], "adapter_config.json of the adapter .*good cannot be used .JSONDecodeError")
+    (tmp_path / "good" / "adapter_config.json").write_text('{"peft_type": "NEWEST"}')
+    refuse(tiny_llama(), [good], "adapter_config.json of the adapter .*good cannot be used .KeyError.*NEWEST")
+    (tmp_path / "bare" / "adapter_config.json").rename(tmp_path / "good" / "adapter_config.json")
     refuse(tiny_llama(), [good, tmp_path / "empty"], "no adapter_model.safetensors in .*empty")
+    refuse(tiny_llama(), [good, tmp_path / "pickled"], "no adapter_model.safetensors in .*pickled.*other formats are not")
     refuse(tiny_llama(), [good, tmp_path / "cut"], "cut/adapter_model.safetensors is truncated or corrupt")
+
+
+def test_all_differences_are_listed(tmp_path: Path):
+    lora_adapter(tmp_path / "0", r=4)
+    lora_adapter(tmp_path / "1", r=2, lora_alpha=8)
+    lora_adapter(tmp_path / "2", target_modules=["q_proj"])
+    with pytest.raises(ValueError) as caught:
+        from_lora_adapters(tiny_llama(), [tmp_path / str(k) for k in range(3)])
+    message = str(caught.value)
+    assert len(message.splitlines()) == 14
+    for difference in ("`r` is 4 in", "`lora_alpha` is 32 in", "`target_modules` is", "has the shape (4, 16) in", "and 3 more"):
+        assert difference in message
+    lora_adapter(tmp_path / "wide", base=tiny_llama(hidden_size=32))
+    with pytest.raises(ValueError, match="do not fit") as caught:
+        from_lora_adapters(tiny_llama(), [tmp_path / "wide"])
+    assert len([line for line in str(caught.value).splitlines() if "has the shape" in line]) == 8
+    refuse(tiny_gpt2(), [tmp_path / "0"], "(?s)do not fit the base model:.*Target modules .* not found in the base model")
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "base", "fits"),
+    [
+        ("meta-llama/Llama-3.2-1B", "/models/Llama-3.2-1B/", True),
+        ("/cache/models--meta-llama--Llama-3.2-1B/snapshots/0a1b", "meta-llama/llama-3.2-1b", True),
+        ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", False),
+        (None, "meta-llama/Llama-3.2-3B", True),
+        ("meta-llama/Llama-3.2-1B", "", True),
+        (".", "..", False),
+    ],
+)
+def test_the_base_that_adapters_were_trained_on(trained_on: str | None, base: str, fits: bool, tmp_path: Path):
+    lora_adapter(tmp_path / "lora")
+    path = tmp_path / "lora" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": trained_on}))
+    model = tiny_llama()
+    model.config._name_or_path = base
+    if not fits:
+        message = f"(?s)lora was trained on '{trained_on}', and the base model is '{base}' .*check_base_name=False"
+        refuse(model, [tmp_path / "lora"], message)
+    from_lora_adapters(model, [tmp_path / "lora"], check_base_name=fits)
+
+
+def test_a_second_adapter_for_a_model_with_hypotheses(tmp_path: Path):
+    expected = [logits(lora_adapter(tmp_path / str(seed), seed, target_modules=["down_proj"])) for seed in range(2)]
+    model = with_hypotheses(tiny_llama(), K)
+    hypotheses = [logits(model, hypotheses=k) for k in range(K)]
+    assert from_lora_adapters(model, [tmp_path / "0", tmp_path / "1"], adapter_name="lora") is model
+    assert all(torch.equal(logits(model, hypotheses=k), hypotheses[k]) for k in range(K))
+    model.set_adapter("lora")
+    assert model.num_hypotheses == 2
+    assert all(torch.equal(logits(model, hypotheses=k), expected[k]) for k in range(2))
+    model.set_adapter("default")
+    assert all(torch.equal(logits(model, hypotheses=k), hypotheses[k]) for k in range(K))
+    with pytest.raises(ValueError, match="an adapter named 'lora' already"):
+        from_lora_adapters(model, [tmp_path / "0"], adapter_name="lora")
+    lora_adapter(tmp_path / "wide", base=tiny_llama(intermediate_size=64), target_modules=["down_proj"])
+    with pytest.raises(ValueError, match=r"(?s)do not fit .*lora_A.weight has the shape \(4, 64\), and \(4, 32\)"):
+        from_lora_adapters(model, [tmp_path / "wide"], adapter_name="wide")
+    assert set(model.peft_config) == {"default", "lora"}
+    assert all(torch.equal(logits(model, hypotheses=k), hypotheses[k]) for k in range(K))
+
+
+# --- one becomes several ---
+
+
+def test_copies_of_one_adapter(tmp_path: Path):
+    for case in ("llama, embedding", "gpt2", "rslora, patterns", "modules_to_save"):
+        build, options = CASES[case]
+        expected = logits(lora_adapter(tmp_path / case, base=build(), **options_of(build(), options)))
+        model = split_lora_adapter(build(), tmp_path / case, K, perturbation=0).eval()
+        assert all(torch.equal(logits(model, hypotheses=k), expected) for k in range(K))
+        assert model.peft_config["default"].num_hypotheses == K
+
+
+def test_perturbed_copies(tmp_path: Path):
+    targets = ["embed_tokens", "q_proj", "up_proj"]
+    expected = logits(lora_adapter(tmp_path / "lora", target_modules=targets))
+    original = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+
+    def split(num_hypotheses: int, *args: Any, **kwargs: Any) -> PeftModel:
+        return split_lora_adapter(tiny_llama(), tmp_path / "lora", num_hypotheses, *args, **kwargs).eval()
+
+    model = split(4, 0.3, seed=5)
+    hypotheses = [load_file(d / "adapter_model.safetensors") for d in export_hypotheses(model, tmp_path / "out")]
+    for key, tensor in original.items():
+        found = torch.stack([weights[key] for weights in hypotheses])
+        if not key.endswith(("lora_B.weight", "lora_embedding_B")):
+            assert all(torch.equal(other, tensor) for other in found)
+            continue
+        # None of them is the original, their mean is, and they are off by 30 % of its size.
+        noise = (found - tensor) / tensor.square().mean().sqrt()
+        torch.testing.assert_close(noise.mean(dim=0), torch.zeros_like(tensor), rtol=0, atol=1e-6)
+        assert 0.24 < noise.square().mean().sqrt() < 0.36
+        assert all(0.2 < part.square().mean().sqrt() < 0.4 for part in noise)
+    differences = [(logits(model, hypotheses=k) - expected).abs().max() for k in range(4)]
+    assert min(differences) > 1e-4
+    # From the seed and nothing else.
+    torch.manual_seed(123)
+    assert torch.equal(logits(split(4, 0.3, seed=5), hypotheses="all"), logits(model, hypotheses="all"))
+    assert not torch.equal(logits(split(4, 0.3, seed=6), hypotheses="all"), logits(model, hypotheses="all"))
+    # One alone has nothing to differ from.
+    assert torch.equal(logits(split(1)), expected)
+    # For training.
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if "mclora_" in name
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_hypotheses": 0}, "`num_hypotheses` must be an integer of at least 1, got 0"),
+        ({"perturbation": -0.1}, "`perturbation` must be a number of at least 0, got -0.1"),
+        ({"perturbation": float("nan")}, "`perturbation` must be a number of at least 0, got nan"),
+        ({"perturbation": True}, "`perturbation` must be a number of at least 0, got True"),
+        ({"adapter": "dora"}, "dora uses use_dora; only plain LoRA"),
+        ({"base": tiny_gpt2}, "(?s)do not fit the base model:.*Target modules"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_split(arguments: dict[str, Any], message: str, tmp_path: Path):
+    lora_adapter(tmp_path / "lora")
+    lora_adapter(tmp_path / "dora", use_dora=True)
+    options = {"base": tiny_llama, "adapter": "lora", "num_hypotheses": 3, **arguments}
+    base, adapter = options.pop("base")(), tmp_path / options.pop("adapter")
+    with pytest.raises(ValueError, match=message):
+        split_lora_adapter(base, adapter, **options)
+    assert not any(isinstance(module, MCLoraLayer) for module in base.modules())
 
 
 def refuse(base: PreTrainedModel, adapters: Any, message: str) -> None:
