@@ -9,6 +9,9 @@ accelerate launch recipes/train_mcl.py \
     --output_dir outputs/mcl
 ```
 
+With `--init_adapters` training goes on from ordinary LoRA adapters in place of a random start: one, which becomes
+`--num_hypotheses` copies that differ a little, or one for each hypothesis.
+
 Every option can stand in a YAML file, `--config file.yaml`; the command line overrides it. The options are those of
 `trl.ScriptArguments`, `trl.ModelConfig` (model, quantisation, LoRA) and `trainer_ext.MCLConfig`.
 """
@@ -22,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
+from peft import PeftModel
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+from trl.trainer.utils import create_model_from_path
 
-from peft_mcl import MCLoraConfig
+from peft_mcl import MCLoraConfig, from_lora_adapters, split_lora_adapter
 from trainer_ext import MCLConfig, MCLTrainer
 
 
@@ -38,6 +43,16 @@ class HypothesisArguments:
     num_hypotheses: int = field(default=3, metadata={"help": "Number of LoRA hypotheses (K)."})
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "A local file to evaluate on, where `dataset_name` is a file too."}
+    )
+    init_adapters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Ordinary LoRA adapters to start from, folders or 'user/name[/folder][@revision]': one, or K. Rank, alpha "
+            "and targets are theirs; the LoRA options of this command are not used."
+        },
+    )
+    init_perturbation: float = field(
+        default=0.1, metadata={"help": "How much the K copies of one init adapter differ, relative to its weights."}
     )
 
 
@@ -56,14 +71,16 @@ def main(
     }
     training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
 
-    trainer = MCLTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=peft_config(model_args, hypothesis_args),
-    )
+    if hypothesis_args.init_adapters:
+        model = {"model": warm_start(model_args, training_args, hypothesis_args)}
+        training_args.model_init_kwargs = None
+    else:
+        model = {
+            "model": model_args.model_name_or_path,
+            "quantization_config": get_quantization_config(model_args),
+            "peft_config": peft_config(model_args, hypothesis_args),
+        }
+    trainer = MCLTrainer(args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset, **model)
     try:
         trainer.train(resume_from_checkpoint=resume_argument(training_args.resume_from_checkpoint))
     except KeyboardInterrupt:
@@ -100,6 +117,22 @@ def peft_config(model_args: ModelConfig, hypothesis_args: HypothesisArguments) -
         target_modules=model_args.lora_target_modules,
         modules_to_save=model_args.lora_modules_to_save,
     )
+
+
+def warm_start(model_args: ModelConfig, training_args: MCLConfig, hypothesis_args: HypothesisArguments) -> PeftModel:
+    """The base model with hypotheses made of ordinary LoRA adapters."""
+    adapters, count = hypothesis_args.init_adapters or [], hypothesis_args.num_hypotheses
+    if len(adapters) not in (1, count):
+        raise ValueError(f"`init_adapters` names {len(adapters)} adapters: give 1, or one for each of {count} hypotheses.")
+    options = training_args.model_init_kwargs or {}
+    # As the trainer loads it, which places it on its device.
+    base = create_model_from_path(
+        model_args.model_name_or_path,
+        **{**options, "quantization_config": get_quantization_config(model_args), "device_map": None},
+    )
+    if len(adapters) == 1:
+        return split_lora_adapter(base, adapters[0], count, hypothesis_args.init_perturbation, seed=training_args.seed)
+    return from_lora_adapters(base, adapters, is_trainable=True)
 
 
 def load_data(

@@ -14,6 +14,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from trl import ModelConfig, ScriptArguments, TrlParser
 
+from peft_mcl import export_hypotheses
 from recipes import evaluate, generate, plot, train_mcl
 from tests.tiny import tiny_llama
 from tests.trainer_ext.reference import ragged_pairs, word_tokenizer
@@ -172,6 +173,32 @@ def training_arguments(folder: Path, **options) -> MCLConfig:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Bad input
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_warm_start_from_the_command_line(workplace, trained, tmp_path, count):
+    adapters = [str(path) for path in export_hypotheses(trained, tmp_path / "adapters")]
+    arguments = ["--model_name_or_path", str(workplace / "model"), "--dataset_name", str(workplace / "data.jsonl")]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "False", "--report_to", "none"]
+    arguments += ["--max_steps", "2", "--learning_rate", "1e-6", "--num_hypotheses", "2", "--save_hypotheses", "True"]
+    arguments += ["--gradient_checkpointing", "False", "--init_perturbation", "0.2", "--init_adapters", *adapters[:count]]
+    parser = TrlParser((ScriptArguments, MCLConfig, ModelConfig, train_mcl.HypothesisArguments))
+    train_mcl.main(*parser.parse_args_and_config(arguments))
+    start = AutoPeftModelForCausalLM.from_pretrained(trained).state_dict()
+    end = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert start.keys() == end.keys()
+    for name, tensor in start.items():
+        if "mclora_B" in name and tensor[0].any():
+            # Two small steps have hardly moved it.
+            from_one = (end[name] - tensor[:1]).norm() / (2**0.5 * tensor[0].norm())
+            assert (0.1 < from_one < 0.3) if count == 1 else torch.allclose(end[name], tensor, atol=1e-4)
+    assert sorted(path.name for path in (tmp_path / "out").glob("hypothesis_*")) == ["hypothesis_0", "hypothesis_1"]
+
+
+def test_a_wrong_number_of_adapters_to_start_from(workplace, tmp_path):
+    arguments = train_mcl.HypothesisArguments(num_hypotheses=3, init_adapters=["a", "b"])
+    with pytest.raises(ValueError, match="`init_adapters` names 2 adapters: give 1, or one for each of 3 hypotheses"):
+        train_mcl.warm_start(ModelConfig(), training_arguments(tmp_path), arguments)
 
 
 def test_an_unknown_option_in_yaml_is_named(workplace, tmp_path):
