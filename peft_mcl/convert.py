@@ -157,9 +157,7 @@ def export_hypotheses(
         for hypothesis in range(config.num_hypotheses):
             folder = staging / f"hypothesis_{hypothesis}"
             lora.save_pretrained(str(folder))
-            save_file(
-                _weights_of(state, hypothesis), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"}
-            )
+            save_file(_weights_of(state, hypothesis), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         # Only now, with all of them written.
         return _move_in(staging, root)
     finally:
@@ -490,7 +488,9 @@ def _put_into(
     options = {"adapter_name": adapter_name, "autocast_adapter_dtype": autocast_adapter_dtype}
     is_adapted = isinstance(base, PeftModel)
     if is_adapted and adapter_name in base.peft_config:
-        raise ValueError(f"`adapter_name`: the model has an adapter named {adapter_name!r} already. Choose another name.")
+        raise ValueError(
+            f"`adapter_name`: the model has an adapter named {adapter_name!r} already. Choose another name."
+        )
     try:
         if is_adapted:
             base.add_adapter(peft_config=config, **options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from peft import LoraConfig
 
@@ -52,11 +53,8 @@ def check_serving(
     if max_lora_rank is not None:
         require_positive_int("max_lora_rank", max_lora_rank)
     source = SavedAdapter.find(adapter, token)
-    config = source.read_config()
-    problems = not_plain_lora(source.name, config)
-    refuse(f"{engine} cannot serve this adapter:", problems)
-    assert isinstance(config, LoraConfig)
-    weights = source.read_weights()
+    config: Any = source.read_config()
+    refuse(f"{engine} cannot serve this adapter:", not_plain_lora(source.name, config))
     keys = list(source.read_weights())
     modules = {match["module"].removeprefix(PREFIX) for key in keys if (match := _LORA_KEY.fullmatch(key))}
     problems = _rank_problems(config, engine, max_lora_rank) + _weight_problems(engine, keys, modules)
@@ -86,7 +84,9 @@ def _weight_problems(engine: str, keys: Sequence[str], modules: set[str]) -> lis
     for key in keys:
         match = _LORA_KEY.fullmatch(key)
         if match and key.endswith("lora_embedding_A") and match["module"].rpartition(".")[2] not in EMBEDDINGS:
-            problems.append(f"{match['module']} is an embedding, of which {engine} adapts {' and '.join(EMBEDDINGS)} only")
+            problems.append(
+                f"{match['module']} is an embedding, of which {engine} adapts {' and '.join(EMBEDDINGS)} only"
+            )
     # The weights of an adapted embedding come along, unchanged.
     full = [
         key
@@ -128,5 +128,7 @@ def _sglang_problems(config: LoraConfig, modules: set[str]) -> list[str]:
         # It stacks q, k, v and gate, up. What lacks its first part, or q its last, is left out or fails.
         for part, whole in (("k_proj", "q_proj"), ("v_proj", "q_proj"), ("q_proj", "v_proj"), ("up_proj", "gate_proj")):
             if name == part and f"{parent}.{whole}" not in modules:
-                problems.append(f"{module} is adapted without {whole}, and SGLang cannot load the one without the other")
+                problems.append(
+                    f"{module} is adapted without {whole}, and SGLang cannot load the one without the other"
+                )
     return problems

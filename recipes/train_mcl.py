@@ -123,7 +123,9 @@ def warm_start(model_args: ModelConfig, training_args: MCLConfig, hypothesis_arg
     """The base model with hypotheses made of ordinary LoRA adapters."""
     adapters, count = hypothesis_args.init_adapters or [], hypothesis_args.num_hypotheses
     if len(adapters) not in (1, count):
-        raise ValueError(f"`init_adapters` names {len(adapters)} adapters: give 1, or one for each of {count} hypotheses.")
+        raise ValueError(
+            f"`init_adapters` names {len(adapters)} adapters: give 1, or one for each of {count} hypotheses."
+        )
     options = training_args.model_init_kwargs or {}
     # As the trainer loads it, which places it on its device.
     base = create_model_from_path(

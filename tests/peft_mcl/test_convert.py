@@ -210,7 +210,9 @@ def test_nothing_to_export(model: Callable[[], Any], adapter_name: str, tmp_path
 def test_half_precision_adapters(dtype: torch.dtype, tmp_path: Path):
     """Loaded as PEFT loads them, with float32 adapters or with those of the file, to the bit; and written as they were."""
     torch.manual_seed(1)
-    config = MCLoraConfig(num_hypotheses=K, init_lora_weights=False, target_modules=["embed_tokens", "q_proj", "up_proj"])
+    config = MCLoraConfig(
+        num_hypotheses=K, init_lora_weights=False, target_modules=["embed_tokens", "q_proj", "up_proj"]
+    )
     model = get_peft_model(tiny_llama().to(dtype), config, autocast_adapter_dtype=False).eval()
     directories = export_hypotheses(model, tmp_path / "first")
     assert {t.dtype for t in load_file(directories[0] / "adapter_model.safetensors").values()} == {dtype}
@@ -226,7 +228,9 @@ def test_half_precision_adapters(dtype: torch.dtype, tmp_path: Path):
         # The embedding itself comes along and is of the base.
         assert dtypes == ({dtype} if options else {dtype, torch.float32})
     weights = [load_file(f / "adapter_model.safetensors") for f in (*directories, *ours)]
-    assert all(torch.equal(weights[k][key].float(), weights[K + k][key].float()) for k in range(K) for key in weights[k])
+    assert all(
+        torch.equal(weights[k][key].float(), weights[K + k][key].float()) for k in range(K) for key in weights[k]
+    )
 
 
 WITHOUT_THIS_PACKAGE = """
@@ -290,7 +294,7 @@ def test_saved_adapters_that_hold_no_hypotheses(tmp_path: Path):
     with pytest.raises(ValueError, match=r"(?s)3 in the first .* - .*mclora_A has the shape \(2, 4, 32\).*and 16 more"):
         export_hypotheses(tmp_path / "cut", tmp_path / "out")
     change_weights(tmp_path / "cut", dict.clear)
-    with pytest.raises(ValueError, match="(?s)three-dimensional parameters.*- there is none"):
+    with pytest.raises(ValueError, match=r"(?s)three-dimensional parameters.*- there is none"):
         export_hypotheses(tmp_path / "cut", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -526,7 +530,9 @@ def test_shared_parameters_that_differ(options: dict[str, Any], tmp_path: Path):
 def test_adapters_of_another_base(base: dict[str, Any], message: str, tmp_path: Path):
     for seed in range(2):
         lora_adapter(tmp_path / str(seed), seed)
-    refuse(tiny_llama(**base), [tmp_path / "0", tmp_path / "1"], f"(?s)`adapters` do not fit the base model:.*{message}")
+    refuse(
+        tiny_llama(**base), [tmp_path / "0", tmp_path / "1"], f"(?s)`adapters` do not fit the base model:.*{message}"
+    )
 
 
 def test_other_kinds_of_adapters(tmp_path: Path):
@@ -569,7 +575,9 @@ def test_files_that_are_missing_or_broken(tmp_path: Path):
     refuse(tiny_llama(), [good], "adapter_config.json of the adapter .*good cannot be used .KeyError.*NEWEST")
     (tmp_path / "bare" / "adapter_config.json").rename(tmp_path / "good" / "adapter_config.json")
     refuse(tiny_llama(), [good, tmp_path / "empty"], "no adapter_model.safetensors in .*empty")
-    refuse(tiny_llama(), [good, tmp_path / "pickled"], "no adapter_model.safetensors in .*pickled.*other formats are not")
+    refuse(
+        tiny_llama(), [good, tmp_path / "pickled"], "no adapter_model.safetensors in .*pickled.*other formats are not"
+    )
     refuse(tiny_llama(), [good, tmp_path / "cut"], "cut/adapter_model.safetensors is truncated or corrupt")
 
 
@@ -581,13 +589,21 @@ def test_all_differences_are_listed(tmp_path: Path):
         from_lora_adapters(tiny_llama(), [tmp_path / str(k) for k in range(3)])
     message = str(caught.value)
     assert len(message.splitlines()) == 14
-    for difference in ("`r` is 4 in", "`lora_alpha` is 32 in", "`target_modules` is", "has the shape (4, 16) in", "and 3 more"):
+    for difference in (
+        "`r` is 4 in",
+        "`lora_alpha` is 32 in",
+        "`target_modules` is",
+        "has the shape (4, 16) in",
+        "and 3 more",
+    ):
         assert difference in message
     lora_adapter(tmp_path / "wide", base=tiny_llama(hidden_size=32))
     with pytest.raises(ValueError, match="do not fit") as caught:
         from_lora_adapters(tiny_llama(), [tmp_path / "wide"])
     assert len([line for line in str(caught.value).splitlines() if "has the shape" in line]) == 8
-    refuse(tiny_gpt2(), [tmp_path / "0"], "(?s)do not fit the base model:.*Target modules .* not found in the base model")
+    refuse(
+        tiny_gpt2(), [tmp_path / "0"], "(?s)do not fit the base model:.*Target modules .* not found in the base model"
+    )
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,9 @@ class Saved:
         self.model.save_pretrained(self.mcl)
         self.hypotheses = [logits(self.model, hypotheses=k) for k in range(K)]
         torch.manual_seed(3)
-        config = LoraConfig(target_modules=lora_targets, r=2, lora_alpha=8, init_lora_weights=False, task_type="CAUSAL_LM")
+        config = LoraConfig(
+            target_modules=lora_targets, r=2, lora_alpha=8, init_lora_weights=False, task_type="CAUSAL_LM"
+        )
         lora = get_peft_model(self.load(), config).eval()
         lora.save_pretrained(self.lora)
         self.of_lora, self.of_base = logits(lora), logits(self.load())

@@ -162,7 +162,12 @@ def test_and_this_package(pushed: tuple[HubServer, str, str], tmp_path: Path):
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    hub = ("user/name", None, None), ("user/name", "a/b", None), ("user/name", None, "v1"), ("user/name", "a", "refs/pr/1")
+    hub = (
+        ("user/name", None, None),
+        ("user/name", "a/b", None),
+        ("user/name", None, "v1"),
+        ("user/name", "a", "refs/pr/1"),
+    )
     for name, parts in zip(("user/name", "user/name/a/b", "user/name@v1", "user/name/a@refs/pr/1"), hub, strict=True):
         found = SavedAdapter.find(name, token="secret")
         assert (found.location, found.subfolder, found.revision) == parts

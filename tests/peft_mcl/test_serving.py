@@ -116,11 +116,11 @@ def test_bad_arguments(tmp_path: Path):
     with pytest.raises(ValueError, match="`max_lora_rank` must be an integer of at least 1, got 0"):
         check_serving(directory, "vllm", max_lora_rank=0)
     with_hypotheses(tiny_llama()).save_pretrained(tmp_path / "mclora")
-    with pytest.raises(ValueError, match="(?s)vllm cannot serve.*mclora has a MCLoraConfig"):
+    with pytest.raises(ValueError, match=r"(?s)vllm cannot serve.*mclora has a MCLoraConfig"):
         check_serving(tmp_path / "mclora", "vllm")
     dora = LoraConfig(use_dora=True, target_modules=["q_proj"])
     get_peft_model(tiny_llama(), dora).save_pretrained(tmp_path / "dora")
-    with pytest.raises(ValueError, match="(?s)sglang cannot serve.*uses use_dora"):
+    with pytest.raises(ValueError, match=r"(?s)sglang cannot serve.*uses use_dora"):
         check_serving(tmp_path / "dora", "sglang")
 
 

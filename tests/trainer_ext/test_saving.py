@@ -168,7 +168,8 @@ def test_training_of_several_adapters(tmp_path: Path):
     trainer.save_model()
     for k in range(2):
         theirs, ours = (
-            load_file(f / "adapter_model.safetensors") for f in (tmp_path / str(k), tmp_path / "out" / f"hypothesis_{k}")
+            load_file(f / "adapter_model.safetensors")
+            for f in (tmp_path / str(k), tmp_path / "out" / f"hypothesis_{k}")
         )
         assert {key: t.shape for key, t in ours.items()} == {key: t.shape for key, t in theirs.items()}
         assert any(not torch.equal(ours[key], theirs[key]) for key in ours)
