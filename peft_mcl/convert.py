@@ -452,14 +452,19 @@ def _different_weights(sources: Sequence[SavedAdapter], states: Sequence[dict[st
 
 
 def _other_bases(base: Any, sources: Sequence[SavedAdapter], configs: Sequence[LoraConfig]) -> list[str]:
-    """What adapters were trained on, where that is known to be a model of another name than `base`."""
+    """Which adapters were trained on a model of another name than `base`, or, if it has none, than the first adapter."""
     name = getattr(getattr(base, "config", None), "_name_or_path", None)
-    return [
-        f"{source.name} was trained on {config.base_model_name_or_path!r}, and the base model is {name!r} (pass "
-        "`check_base_name=False` if they are the same model)"
-        for source, config in zip(sources, configs, strict=True)
-        if name and config.base_model_name_or_path and _short(name) != _short(config.base_model_name_or_path)
-    ]
+    reference = f"the base model is {name!r}"
+    problems = []
+    for source, config in zip(sources, configs, strict=True):
+        theirs = config.base_model_name_or_path
+        if theirs and not name:
+            name, reference = theirs, f"{source.name} on {theirs!r}"
+        if theirs and _short(theirs) != _short(name):
+            problems.append(
+                f"{source.name} was trained on {theirs!r}, and {reference} (pass `check_base_name=False` if they are the same)"
+            )
+    return problems
 
 
 def _short(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -101,6 +102,17 @@ def test_plain_peft_reads_every_hypothesis(name: str, tmp_path: Path):
     torch.testing.assert_close(torch.cat(together), logits(model, hypotheses="all"), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(together[0], together[1], atol=1e-3)
     assert not torch.allclose(together[0], logits(build()), atol=1e-3)
+
+    # transformers loads the hypotheses by itself, and they can be taken out of its model alike.
+    model.save_pretrained(tmp_path / "saved")
+    added = build()
+    added.load_adapter(str(tmp_path / "saved"))
+    assert all(torch.equal(logits(added, hypotheses=k), together[k]) for k in range(K))
+    export_hypotheses(added, tmp_path / "of added")
+    for name in (f"hypothesis_{k}/adapter_model.safetensors" for k in range(K)):
+        ours, theirs = load_file(tmp_path / "out" / name), load_file(tmp_path / "of added" / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
     # And back.
     again = from_lora_adapters(build(), directories)
@@ -609,24 +621,30 @@ def test_all_differences_are_listed(tmp_path: Path):
 @pytest.mark.parametrize(
     ("trained_on", "base", "fits"),
     [
-        ("meta-llama/Llama-3.2-1B", "/models/Llama-3.2-1B/", True),
-        ("/cache/models--meta-llama--Llama-3.2-1B/snapshots/0a1b", "meta-llama/llama-3.2-1b", True),
-        ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", False),
-        (None, "meta-llama/Llama-3.2-3B", True),
-        ("meta-llama/Llama-3.2-1B", "", True),
-        (".", "..", False),
+        (["meta-llama/Llama-3.2-1B"], "/models/Llama-3.2-1B/", True),
+        (["/cache/models--meta-llama--Llama-3.2-1B/snapshots/0a1b"], "meta-llama/llama-3.2-1b", True),
+        (["meta-llama/Llama-3.2-1B"], "meta-llama/Llama-3.2-3B", False),
+        ([None, None], "meta-llama/Llama-3.2-3B", True),
+        (["meta-llama/Llama-3.2-1B", None, "copies/llama-3.2-1b"], "", True),
+        (["meta-llama/Llama-3.2-3B", None, "meta-llama/Llama-3.2-1B"], "", False),
+        (["."], "..", False),
     ],
 )
-def test_the_base_that_adapters_were_trained_on(trained_on: str | None, base: str, fits: bool, tmp_path: Path):
-    lora_adapter(tmp_path / "lora")
-    path = tmp_path / "lora" / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": trained_on}))
+def test_the_base_that_adapters_were_trained_on(trained_on: list[str | None], base: str, fits: bool, tmp_path: Path):
+    for number, name in enumerate(trained_on):
+        lora_adapter(tmp_path / str(number))
+        path = tmp_path / str(number) / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": name}))
+    adapters = [tmp_path / str(number) for number in range(len(trained_on))]
     model = tiny_llama()
     model.config._name_or_path = base
     if not fits:
-        message = f"(?s)lora was trained on '{trained_on}', and the base model is '{base}' .*check_base_name=False"
-        refuse(model, [tmp_path / "lora"], message)
-    from_lora_adapters(model, [tmp_path / "lora"], check_base_name=fits)
+        reference = f"the base model is '{base}'" if base else f"{adapters[0]} on '{trained_on[0]}'"
+        message = re.escape(
+            f"{adapters[-1]} was trained on '{trained_on[-1]}', and {reference} (pass `check_base_name=False`"
+        )
+        refuse(model, adapters, message)
+    from_lora_adapters(model, adapters, check_base_name=fits)
 
 
 def test_a_second_adapter_for_a_model_with_hypotheses(tmp_path: Path):
