@@ -458,9 +458,11 @@ def _other_bases(base: Any, sources: Sequence[SavedAdapter], configs: Sequence[L
     problems = []
     for source, config in zip(sources, configs, strict=True):
         theirs = config.base_model_name_or_path
-        if theirs and not name:
+        if not theirs:
+            continue
+        if not name:
             name, reference = theirs, f"{source.name} on {theirs!r}"
-        if theirs and _short(theirs) != _short(name):
+        if _short(theirs) != _short(name):
             problems.append(
                 f"{source.name} was trained on {theirs!r}, and {reference} (pass `check_base_name=False` if they are the same)"
             )

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, has_length, rotate_checkpoints
@@ -600,6 +601,13 @@ class MCLTrainer(SFTTrainer):
         # PEFT saves an adapter of any other name in a directory of that name.
         name = self.model.active_adapter
         name = "" if name == "default" else name
+        if not (saved / name / SAFETENSORS_WEIGHTS_NAME).is_file():
+            logger.warning(
+                "`save_hypotheses`: there is no adapter in %s, because this run saves its weights in shards (FSDP with "
+                "SHARDED_STATE_DICT, say), so its hypotheses are not written. Save the adapter whole, or export it later.",
+                saved / name,
+            )
+            return
         # From the file that was just written: it holds all of the weights, also where this process does not.
         export_hypotheses(saved / name, folder / name)
 

@@ -76,6 +76,16 @@ def test_not_unless_asked_for(tmp_path: Path):
     assert not list(tmp_path.glob("hypothesis_*"))
 
 
+def test_weights_that_were_saved_in_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any):
+    """FSDP then writes no adapter file; the run ends all the same, and says what is missing."""
+    trainer = trainer_for(tmp_path, max_steps=1, save_hypotheses=True)
+    trainer.train()
+    monkeypatch.setattr(trainer, "_save", lambda output_dir=None, state_dict=None: None)
+    trainer.save_model()
+    assert "there is no adapter in" in caplog.text
+    assert not list(tmp_path.glob("*hypothes*"))
+
+
 def test_hypotheses_of_a_named_adapter(tmp_path: Path):
     lora(tmp_path / "lora")
     model = split_lora_adapter(tiny_llama(), tmp_path / "lora", 3, adapter_name="mine")
