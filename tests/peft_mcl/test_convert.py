@@ -651,19 +651,19 @@ def test_a_second_adapter_for_a_model_with_hypotheses(tmp_path: Path):
     expected = [logits(lora_adapter(tmp_path / str(seed), seed, target_modules=["down_proj"])) for seed in range(2)]
     model = with_hypotheses(tiny_llama(), K)
     hypotheses = [logits(model, hypotheses=k) for k in range(K)]
-    assert from_lora_adapters(model, [tmp_path / "0", tmp_path / "1"], adapter_name="lora") is model
+    assert from_lora_adapters(model, [tmp_path / "0", tmp_path / "1"], adapter_name="plain") is model
     assert all(torch.equal(logits(model, hypotheses=k), hypotheses[k]) for k in range(K))
-    model.set_adapter("lora")
+    model.set_adapter("plain")
     assert model.num_hypotheses == 2
     assert all(torch.equal(logits(model, hypotheses=k), expected[k]) for k in range(2))
     model.set_adapter("default")
     assert all(torch.equal(logits(model, hypotheses=k), hypotheses[k]) for k in range(K))
-    with pytest.raises(ValueError, match="an adapter named 'lora' already"):
-        from_lora_adapters(model, [tmp_path / "0"], adapter_name="lora")
+    with pytest.raises(ValueError, match="an adapter named 'plain' already"):
+        from_lora_adapters(model, [tmp_path / "0"], adapter_name="plain")
     lora_adapter(tmp_path / "wide", base=tiny_llama(intermediate_size=64), target_modules=["down_proj"])
     with pytest.raises(ValueError, match=r"(?s)do not fit .*lora_A.weight has the shape \(4, 64\), and \(4, 32\)"):
         from_lora_adapters(model, [tmp_path / "wide"], adapter_name="wide")
-    assert set(model.peft_config) == {"default", "lora"}
+    assert set(model.peft_config) == {"default", "plain"}
     assert all(torch.equal(logits(model, hypotheses=k), hypotheses[k]) for k in range(K))
 
 
