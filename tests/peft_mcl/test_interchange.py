@@ -132,6 +132,8 @@ def test_an_ordinary_adapter_on_the_same_model(first: str, saved: Saved, tmp_pat
         weights = {name: tensor + of_lora[name] - of_base[name] for name, tensor in reference.state_dict().items()}
         reference.load_state_dict(weights)
         torch.testing.assert_close(logits(model, hypotheses=k), logits(reference), rtol=1e-4, atol=1e-4)
+        rows = logits(model, hypotheses="all")[k * len(IDS) : (k + 1) * len(IDS)]
+        torch.testing.assert_close(rows, logits(reference), rtol=1e-4, atol=1e-4)
     model.disable_adapters()
     assert torch.equal(logits(model), saved.of_base)
     model.enable_adapters()
