@@ -339,11 +339,14 @@ def split_lora_adapter(
 ) -> PeftModel:
     """Make K hypotheses of one ordinary LoRA adapter, to train them on: copies that differ a little.
 
-    To every matrix B of hypothesis k is added `perturbation` * rms(B) * N_k with normal noise N_k of variance one. So the
-    update B A x of each hypothesis differs from that of the LoRA adapter by about `perturbation` of its size, in the
-    directions that the adapter has learned to read (A is not touched), and no unit has to be chosen. The noise of the K
-    hypotheses sums to zero: their mean is the LoRA adapter, and none starts ahead of the others, which with hard winners would
-    take everything. A matrix B that is all zero (an untrained adapter) stays zero.
+    To every matrix B of hypothesis k is added `perturbation` * rms(B) * N_k with normal noise N_k of variance one: B changes by
+    that part of its norm, whatever its scale, and A not at all, so the noise acts in the directions that the adapter has
+    learned to read. The noise of the K hypotheses sums to zero: their mean is the LoRA adapter, and none starts ahead of the
+    others, which with hard winners would take everything. A matrix B that is all zero (an untrained adapter) stays zero.
+
+    Measured (SmolLM2-135M, float32, an adapter of 100 steps on Bible styles, 40 held-out sequences): 0.1 / 0.3 / 1 cost
+    0.000 / 0.001 / 0.008 nats per token, and the scores of a sequence then differ by 0.003 / 0.008 / 0.028 between hypotheses
+    (standard deviation, nats per token). A bfloat16 model rounds by about 0.007.
 
     Without a perturbation the hypotheses score alike, and only the random tie-breaking of the winners tells them apart.
 

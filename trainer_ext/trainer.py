@@ -15,7 +15,13 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, has_length, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    HubStrategy,
+    has_length,
+    rotate_checkpoints,
+)
 from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
 
