@@ -173,6 +173,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert (found.location, found.subfolder, found.revision) == parts
         assert found.name == name
         assert found.token == "secret"
+        assert "secret" not in repr(found)
     # A folder comes first, and a path is never the name of a repository.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "user" / "name@v1").mkdir(parents=True)
