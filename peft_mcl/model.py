@@ -265,8 +265,11 @@ class MCLoraModel(BaseTuner):
             safe_merge (`bool`): Check first that all merged weights are finite; if not, nothing is merged.
             hypothesis (`int`, *optional*): Which one; the active hypothesis by default.
 
+        Merging into a quantised base is lossy, and warned about: merge into one in bfloat16 or float32.
+
         Raises:
-            ValueError: There is no such hypothesis, another one is merged, or `safe_merge` found weights not finite.
+            ValueError: There is no such hypothesis, another one is merged, `safe_merge` found weights not finite, or the
+                base is quantised in a way that allows no merging (GPTQ, AWQ and others).
         """
         hypothesis = self._prepare_merge(hypothesis, adapter_names, safe_merge)
         with self.routing.use(Route(hypothesis=hypothesis)):
@@ -306,6 +309,7 @@ class MCLoraModel(BaseTuner):
                 f"Hypothesis {merged.pop()} is merged already, so hypothesis {hypothesis} cannot be. Call "
                 "`unmerge_adapter()` first."
             )
+        _check_merge_into_quantised(layers, hypothesis)
         if safe_merge:
             with self.routing.use(Route(hypothesis=hypothesis)):
                 for layer in layers:
@@ -316,6 +320,30 @@ class MCLoraModel(BaseTuner):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         self._detach(model)
         return model
+
+
+def _check_merge_into_quantised(layers: list[MCLoraLayer], hypothesis: int) -> None:
+    """Warn that merging into quantised weights is lossy; raise a ValueError if it is not possible."""
+    backends = {
+        layer.quantization_backend.backend_name: layer.quantization_backend
+        for layer in layers
+        if layer.quantization_backend
+    }
+    remedy = (
+        "Load the base model without `quantization_config`, in bfloat16 or float32, the adapter on it with "
+        "`PeftModel.from_pretrained`, and merge there."
+    )
+    for name, backend in backends.items():
+        if not backend.supports_merge:
+            raise ValueError(
+                f"Hypothesis {hypothesis} cannot be merged into a base model quantised by {name}. {remedy}"
+            )
+    if backends:
+        warnings.warn(
+            f"Merging hypothesis {hypothesis} into a quantised base model ({', '.join(backends)}) is lossy: the merged weights "
+            f"are rounded to the same few bits, and `unmerge_adapter` does not undo that. {remedy}",
+            stacklevel=4,
+        )
 
 
 def _has_adapters(module: nn.Module) -> bool:

@@ -181,6 +181,15 @@ def check_sharding(accelerator: Any) -> None:
             )
 
 
+def check_mixed_precision(args: Any) -> None:
+    """Raise a ValueError if float16 is asked for on a CPU, where accelerate trains in float32 without a word."""
+    if args.mixed_precision == "fp16" and args.device.type == "cpu":
+        raise ValueError(
+            f"Mixed precision in float16 (`fp16={args.fp16}`, or `--mixed_precision fp16` of accelerate) needs an accelerator, "
+            "and this run is on the CPU. Set `bf16=True`, or `fp16=False` for float32."
+        )
+
+
 def check_parallelism(accelerator: Any) -> None:
     """Raise a ValueError if sequences are split over processes, whose scores would be in parts, or unevenly spread."""
     config = accelerator.parallelism_config

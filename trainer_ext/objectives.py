@@ -98,6 +98,8 @@ def assignment_weights(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights q of an objective, and the winners they are built on.
 
+    Where some hypotheses have a score that is not finite (an overflow in float16, say), the best takes over their weight.
+
     Args:
         objective (`str`): `"wta"`, `"relaxed"`, `"annealed"` or `"random"`.
         scores (`torch.Tensor`): Shape (B, K), any float dtype, in nats for each sequence.
@@ -125,7 +127,22 @@ def assignment_weights(
         weights = random_weights(num_hypotheses, draws[:, num_hypotheses])
     else:
         raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {objective!r}.")
-    return weights, winners
+    return give_broken_to_winner(weights, scores, winners), winners
+
+
+def is_broken(scores: torch.Tensor) -> torch.Tensor:
+    """Which hypotheses must not be trained on a sequence: those without a finite score, unless all are without: bool (B, K).
+
+    If no hypothesis has one, it is the model or the sequence that is broken. The loss must show that, so nothing is left out.
+    """
+    is_finite = torch.isfinite(scores)
+    return ~is_finite & is_finite.any(dim=1, keepdim=True)
+
+
+def give_broken_to_winner(weights: torch.Tensor, scores: torch.Tensor, winners: torch.Tensor) -> torch.Tensor:
+    """`weights` (B, K) with those of broken hypotheses moved to the winner (B,): zero times NaN would still be NaN."""
+    kept = torch.where(is_broken(scores), 0.0, weights)
+    return kept + wta_weights(winners, weights.shape[1]) * (weights - kept).sum(dim=1, keepdim=True)
 
 
 def needs_winners_only(objective: str, temperature: float | None) -> bool:

@@ -36,6 +36,8 @@ from trainer_ext.objectives import (
     assignment_weights,
     decay_for,
     drop_small_weights,
+    give_broken_to_winner,
+    is_broken,
     needs_winners_only,
     pick_winners,
     sample_losers,
@@ -132,6 +134,7 @@ class MCLTrainer(SFTTrainer):
                 "hypotheses. Choose it with `MCLConfig(objective=...)`."
             )
         checks.check_offloading(args)
+        checks.check_mixed_precision(args)
         checks.check_output_dir(args.output_dir)
         checks.check_dataset("train_dataset", train_dataset, args, formatting_func)
         for name, dataset in _named_datasets(eval_dataset).items():
@@ -173,6 +176,7 @@ class MCLTrainer(SFTTrainer):
         self._wins: WinWatch | None = None
         self._last_temperature = self.args.initial_temperature
         self._weighted_share = 1.0
+        self._reported_broken: set[int] = set()
         self._remembered = RememberedWinners(self.args.score_every) if self.args.score_every > 1 else None
 
     # ------------------------------------------------------------------------------------------------------------
@@ -207,7 +211,10 @@ class MCLTrainer(SFTTrainer):
         runs_all = self._num_hypotheses == 1 or (is_training and self._trains_all_rows())
         if runs_all:
             run = self._run_all(model, batch)
-            weights, self._winners = self._assign(run.per_sequence().T, batch.num_tokens, draws, is_training)
+            scores = run.per_sequence().T
+            weights, self._winners = self._assign(scores, batch.num_tokens, draws, is_training)
+            # A hypothesis that is broken on a sequence has put NaN into the graph, so the others are run without it.
+            runs_all = self._num_hypotheses == 1 or not self._happens_anywhere(is_broken(scores).any())
         else:
             weights, self._winners = self._score(model, batch, draws, is_training)
         is_largest = _is_largest(weights)
@@ -242,6 +249,12 @@ class MCLTrainer(SFTTrainer):
         would have to agree on the number of parts, nor with a load-balancing loss, which is that of the rows of a call.
         """
         return self.accelerator.num_processes == 1 and not self.aux_loss_enabled
+
+    def _happens_anywhere(self, condition: torch.Tensor) -> bool:
+        """Whether a condition (a bool tensor) is true in any process. All of them must ask."""
+        if self.accelerator.num_processes > 1:
+            condition = self.accelerator.gather(condition.int()).any()
+        return bool(condition)
 
     def _run_all(self, model: nn.Module, batch: SequenceBatch) -> TokenScores:
         """Run every sequence under every hypothesis: scores with C = K."""
@@ -315,7 +328,9 @@ class MCLTrainer(SFTTrainer):
         for key, winner, was_scored in everywhere:
             remembered.visit(key, winner if was_scored else None)
         self._watch_wins({winner for _, winner, _ in everywhere})
-        return winner_weights(self.args.objective, winners, self._num_hypotheses, self.args.relaxed_epsilon), winners
+        weights = winner_weights(self.args.objective, winners, self._num_hypotheses, self.args.relaxed_epsilon)
+        weights[due] = give_broken_to_winner(weights[due], scores, found)
+        return weights, winners
 
     def _score_part(
         self, model: nn.Module, batch: SequenceBatch, sequences: list[int], is_training: bool
@@ -447,6 +462,7 @@ class MCLTrainer(SFTTrainer):
 
     def _record(self, scores: torch.Tensor, num_tokens: torch.Tensor, winners: torch.Tensor) -> set[int]:
         """Add the sequences of all processes to the metrics, and return those that won."""
+        self._report_broken(scores)
         window = self._train_window if self.model.training else self._eval_window
         tensors = (scores.contiguous(), num_tokens, winners)
         # In training the batches of a step are fetched in advance, so `gather_for_metrics` would take each of the last step
@@ -472,6 +488,18 @@ class MCLTrainer(SFTTrainer):
             "cannot compete any more, though all trained weights are finite. The base model has weights that are not, or its "
             "activations overflow: use bf16 or float32 in place of fp16, or lower `learning_rate`."
         )
+
+    def _report_broken(self, scores: torch.Tensor) -> None:
+        """Warn, once for each, of hypotheses that have no finite score for a sequence."""
+        found = set(is_broken(scores).any(dim=0).nonzero().flatten().tolist()) - self._reported_broken
+        self._reported_broken |= found
+        for hypothesis in sorted(found):
+            logger.warning(
+                "Hypothesis %d gives a likelihood that is not finite for a sequence of step %d: it is left out there and cannot "
+                "win. If this is an overflow of float16, train in bfloat16 (`bf16=True`); otherwise its weights are broken.",
+                hypothesis,
+                self.state.global_step,
+            )
 
     def _gather_ragged(self, tensor: torch.Tensor, fill: int = 0) -> torch.Tensor:
         """`tensor` of all processes; where their lengths may differ, shorter ones are filled up."""
