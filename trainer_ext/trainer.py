@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -656,6 +657,14 @@ class MCLTrainer(SFTTrainer):
         if self._remembered is not None and checkpoint is not None:
             self._remembered.load(checkpoint)
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with _dtypes_kept(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with _dtypes_kept(self.model):
+            super()._load_best_model()
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As SFTTrainer. `resume_from_checkpoint=True` takes the newest checkpoint that is whole.
 
@@ -688,6 +697,19 @@ class MCLTrainer(SFTTrainer):
         if problem is not None:
             raise ValueError(problem)
         return checkpoint_name
+
+
+@contextmanager
+def _dtypes_kept(model: nn.Module) -> Iterator[None]:
+    """What is trained keeps its dtype while PEFT loads it from a checkpoint.
+
+    TRL trains the adapters of a quantised model in bfloat16. PEFT would go on with them in float32, which is another run.
+    """
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtypes.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(dtypes[name])
 
 
 class _Competition:
