@@ -27,7 +27,7 @@ from rich.table import Table
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 from transformers import PrinterCallback
-from trl import TrlParser
+from trl import ModelConfig, TrlParser, get_quantization_config
 
 import peft_mcl  # noqa: F401  (registers the adapter type)
 from trainer_ext import MCLConfig, MCLTrainer
@@ -49,6 +49,9 @@ class EvaluateArguments:
     batch_size: int = field(default=16, metadata={"help": "Sequences scored at once, times K rows."})
     max_length: int = field(default=1024, metadata={"help": "Longest sequence, in tokens."})
     dtype: str = field(default="auto", metadata={"help": "Of the base model: 'auto', 'bfloat16', 'float32'..."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the base model to 4 bits (NF4)."})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "With it: quantise its scales, too."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the base model to 8 bits."})
     output: str | None = field(default=None, metadata={"help": "Also write the figures to this JSON file."})
 
 
@@ -81,7 +84,7 @@ def main(args: EvaluateArguments) -> None:
 
 def score(adapter: str, dataset: Dataset, args: EvaluateArguments) -> ScoreWindow:
     """Scores of all sequences under all hypotheses of an adapter."""
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=args.dtype)
+    model = load_model(adapter, args)
     with tempfile.TemporaryDirectory() as scratch:
         config = MCLConfig(
             output_dir=scratch,
@@ -98,6 +101,22 @@ def score(adapter: str, dataset: Dataset, args: EvaluateArguments) -> ScoreWindo
         trainer = MCLTrainer(model=model, args=config, train_dataset=data)
         trainer.remove_callback(PrinterCallback)
         return trainer.score(data)
+
+
+def load_model(adapter: str, args: EvaluateArguments) -> Any:
+    """The hypotheses on their base model, which is quantised as `train_mcl.py` does it if that is asked for."""
+    quantisation = ModelConfig(
+        dtype="bfloat16" if args.dtype == "auto" else args.dtype,  # What 4-bit layers compute in.
+        load_in_4bit=args.load_in_4bit,
+        use_bnb_nested_quant=args.use_bnb_nested_quant,
+        load_in_8bit=args.load_in_8bit,
+    )
+    return AutoPeftModelForCausalLM.from_pretrained(
+        adapter,
+        dtype=args.dtype,
+        quantization_config=get_quantization_config(quantisation),
+        device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
+    ).eval()
 
 
 def agreement(modes: list[str], winners: torch.Tensor, num_hypotheses: int) -> dict[str, Any]:

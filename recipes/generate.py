@@ -20,7 +20,7 @@ from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
-from trl import TrlParser
+from trl import ModelConfig, TrlParser, get_quantization_config
 
 import peft_mcl  # noqa: F401  (registers the adapter type)
 
@@ -47,13 +47,15 @@ class GenerateArguments:
     seed: int = field(default=0, metadata={"help": "Of sampling."})
     batch_size: int = field(default=8, metadata={"help": "Prompts decoded at once."})
     dtype: str = field(default="auto", metadata={"help": "Of the base model: 'auto', 'bfloat16', 'float32'..."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the base model to 4 bits (NF4)."})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "With it: quantise its scales, too."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the base model to 8 bits."})
     output: str | None = field(default=None, metadata={"help": "Also write the continuations to this JSONL file."})
 
 
 def main(args: GenerateArguments) -> None:
     rows = read_prompts(args)
-    model = AutoPeftModelForCausalLM.from_pretrained(args.adapter, dtype=args.dtype).eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(args.adapter, args)
     tokenizer = load_tokenizer(args.adapter, model)
     torch.manual_seed(args.seed)
 
@@ -89,6 +91,22 @@ def read_prompts(args: GenerateArguments) -> list[dict[str, Any]]:
         if isinstance(row["prompt"], str):
             row["prompt"] += args.append
     return rows[: args.max_prompts]
+
+
+def load_model(adapter: str, args: GenerateArguments) -> Any:
+    """The hypotheses on their base model, which is quantised as `train_mcl.py` does it if that is asked for."""
+    quantisation = ModelConfig(
+        dtype="bfloat16" if args.dtype == "auto" else args.dtype,  # What 4-bit layers compute in.
+        load_in_4bit=args.load_in_4bit,
+        use_bnb_nested_quant=args.use_bnb_nested_quant,
+        load_in_8bit=args.load_in_8bit,
+    )
+    return AutoPeftModelForCausalLM.from_pretrained(
+        adapter,
+        dtype=args.dtype,
+        quantization_config=get_quantization_config(quantisation),
+        device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
+    ).eval()
 
 
 def load_tokenizer(adapter: str, model: Any) -> Any:

@@ -26,6 +26,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from peft import PeftModel
+from transformers import BitsAndBytesConfig
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
@@ -77,7 +78,7 @@ def main(
     else:
         model = {
             "model": model_args.model_name_or_path,
-            "quantization_config": get_quantization_config(model_args),
+            "quantization_config": quantization_config(model_args),
             "peft_config": peft_config(model_args, hypothesis_args),
         }
     trainer = MCLTrainer(args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset, **model)
@@ -100,6 +101,15 @@ def main(
         trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
     # Finish the trackers and leave the process group.
     trainer.end()
+
+
+def quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
+    """The options of bitsandbytes, from those of TRL."""
+    if model_args.load_in_4bit and model_args.dtype == "auto":
+        raise ValueError(
+            "`dtype='auto'` does not say what 4-bit layers compute in. With `load_in_4bit` give `--dtype bfloat16` (or float32)."
+        )
+    return get_quantization_config(model_args)
 
 
 def peft_config(model_args: ModelConfig, hypothesis_args: HypothesisArguments) -> MCLoraConfig:
@@ -130,7 +140,7 @@ def warm_start(model_args: ModelConfig, training_args: MCLConfig, hypothesis_arg
     # As the trainer loads it, which places it on its device.
     base = create_model_from_path(
         model_args.model_name_or_path,
-        **{**options, "quantization_config": get_quantization_config(model_args), "device_map": None},
+        **{**options, "quantization_config": quantization_config(model_args), "device_map": None},
     )
     if len(adapters) == 1:
         return split_lora_adapter(base, adapters[0], count, hypothesis_args.init_perturbation, seed=training_args.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,65 @@ def test_evaluate_reports_likelihood_and_agreement(workplace, trained, tmp_path)
     matrix = figures["agreement"]["matrix"]
     assert [sum(counts) for counts in matrix.values()] == [12, 12]
     assert f"purity {figures['agreement']['purity']:.3f}" in result.stdout
+
+
+def test_qlora_from_the_command_line(tmp_path):
+    """Train on a 4-bit base, go on from a checkpoint, evaluate and decode on a 4-bit base and on a plain one."""
+    pytest.importorskip("bitsandbytes")
+    tokenizer = word_tokenizer()
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    tiny_llama(vocab_size=len(tokenizer), **sizes).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ragged_pairs(rows=16)))
+    out = tmp_path / "out"
+    command = [
+        *(
+            "--load_in_4bit",
+            "--use_bnb_nested_quant",
+            "--dtype",
+            "bfloat16",
+            "--num_hypotheses",
+            "2",
+            "--max_steps",
+            "4",
+        ),
+        *("--bf16", "True", "--gradient_checkpointing", "True", "--save_steps", "2", "--output_dir", str(out)),
+        *("--eval_dataset_name", str(tmp_path / "data.jsonl"), "--eval_strategy", "steps", "--eval_steps", "1"),
+    ]
+    result = launch(tmp_path, *command)
+    assert result.returncode == 0, result.stderr
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert sum("eval_wta_nll" in entry for entry in log) == 4
+    before = (out / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(out / "checkpoint-4")
+    result = launch(tmp_path, *command, "--resume_from_checkpoint", "True")
+    assert result.returncode == 0, result.stderr
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+
+    figures = []
+    for number, options in enumerate(
+        ({"load_in_4bit": True, "use_bnb_nested_quant": True}, {"load_in_8bit": True}, {})
+    ):
+        output = tmp_path / f"{number}.json"
+        data = str(tmp_path / "data.jsonl")
+        evaluate.main(evaluate.EvaluateArguments(adapter=str(out), dataset_name=data, output=str(output), **options))
+        figures.append(json.loads(output.read_text())["wta_nll"])
+        arguments = generate.GenerateArguments(
+            adapter=str(out), prompts=["w1 w2"], max_new_tokens=3, output=str(output), **options
+        )
+        generate.main(arguments)
+        assert len(json.loads(output.read_text())["continuations"]) == 2
+    # The evaluation of training, but for the dtype of the adapters; and a little off it on another base.
+    in_training = [entry["eval_wta_nll"] for entry in log if "eval_wta_nll" in entry][-1]
+    assert figures[0] == pytest.approx(in_training, abs=2e-3)
+    assert figures[1] != figures[0] != figures[2]
+    assert figures == pytest.approx([in_training] * 3, abs=0.1)
+
+
+def test_4_bit_layers_need_a_dtype_to_compute_in():
+    with pytest.raises(ValueError, match=r"`dtype='auto'`.*`--dtype bfloat16`"):
+        train_mcl.quantization_config(ModelConfig(load_in_4bit=True, dtype="auto"))
+    assert train_mcl.quantization_config(ModelConfig(dtype="auto")) is None
 
 
 def test_agreement_by_hand():
