@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from peft_mcl.config import MCLoraConfig
@@ -218,6 +219,14 @@ class MCLoraLayer(nn.Module, BaseTunerLayer):
     def _hypothesis_to_merge(self) -> int:
         route = self.routing.current
         return self.routing.active if route is None or route.hypothesis is None else route.hypothesis
+
+    @property
+    def can_be_merged(self) -> bool:
+        """Whether the base weight can be read and written: not for all quantised layers."""
+        if self.quantization_backend is not None:
+            return self.quantization_backend.supports_merge
+        # Quantised tensors that PEFT does not know (optimum-quanto) would be written as if they were plain ones.
+        return type(self.get_base_layer().weight) in (nn.Parameter, torch.Tensor, DTensor)
 
     def merged_weight(self, adapter_names: Sequence[str]) -> torch.Tensor:
         """The base weight with one hypothesis of each named adapter added, as a new tensor."""

@@ -218,18 +218,14 @@ class MCLoraModel(BaseTuner):
             raise
 
     def _prepare_model(self, peft_config: MCLoraConfig, model: nn.Module) -> None:
-        # bitsandbytes repacks an eval-mode 4-bit weight on CPUs with AVX512-BF16 in place and for good, for a kernel
-        # without autograd: one scoring or generate call, and every later gradient is silently wrong.
-        for module in model.modules():
+        # Some 4-bit layers repack their weight at the first eval-mode call without a gradient, in place and for good, for a
+        # CPU kernel without autograd: one scoring or generate call, and every later gradient is silently wrong. All of them
+        # are kept from it, those without an adapter too, as gradients go through them.
+        for name, module in model.named_modules():
             if getattr(module, "support_avx512bf16_for_cpu", False):
-                module.__dict__["support_avx512bf16_for_cpu"] = False
-                state = getattr(module.weight, "quant_state", None)
-                if state is not None and getattr(state, "packing_format_for_cpu", False):
-                    # The base model was called before. bitsandbytes turns the weight back in order to save it, but not
-                    # (0.50.2) the scales of a weight without double quantisation.
-                    module.state_dict()
-                    if state.absmax.dim() == 2:
-                        state.absmax = state.absmax.T.reshape(-1).float()
+                _keep_bitsandbytes_from_repacking(module)
+            if hasattr(module, "linear_mode") and hasattr(module, "dequantize_weight"):
+                _keep_gptqmodel_from_repacking(module, name, peft_config.inference_mode)
 
     def _create_and_replace(
         self,
@@ -251,6 +247,13 @@ class MCLoraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, MCLoraLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            # A base layer that comes back is whole. PEFT would give it its `weight`, which layers of GPTQ and HQQ lack.
+            setattr(parent, child_name, new_module)
 
     # ------------------------------------------------------------------------------------------------------------
     # Merging
@@ -322,26 +325,45 @@ class MCLoraModel(BaseTuner):
         return model
 
 
+def _keep_bitsandbytes_from_repacking(module: Any) -> None:
+    # On CPUs with AVX512-BF16.
+    module.__dict__["support_avx512bf16_for_cpu"] = False
+    state = getattr(module.weight, "quant_state", None)
+    if state is not None and getattr(state, "packing_format_for_cpu", False):
+        # The base model was called before. bitsandbytes turns the weight back in order to save it, but not (0.50.2) the scales
+        # of a weight without double quantisation.
+        module.state_dict()
+        if state.absmax.dim() == 2:
+            state.absmax = state.absmax.T.reshape(-1).float()
+
+
+def _keep_gptqmodel_from_repacking(module: Any, name: str, for_inference: bool) -> None:
+    if module.linear_mode is None:
+        module.linear_mode = "train"  # What its first call in training mode would set, also for good.
+    elif "train" not in str(module.linear_mode).lower() and not for_inference:
+        raise ValueError(
+            f"The quantised layer {name!r} ({type(module).__name__}) was called before it got an adapter and has turned its "
+            "weight into a form without gradients. Load the base model again, and add the adapter before the first call."
+        )
+
+
 def _check_merge_into_quantised(layers: list[MCLoraLayer], hypothesis: int) -> None:
     """Warn that merging into quantised weights is lossy; raise a ValueError if it is not possible."""
-    backends = {
-        layer.quantization_backend.backend_name: layer.quantization_backend
-        for layer in layers
-        if layer.quantization_backend
-    }
     remedy = (
         "Load the base model without `quantization_config`, in bfloat16 or float32, the adapter on it with "
         "`PeftModel.from_pretrained`, and merge there."
     )
-    for name, backend in backends.items():
-        if not backend.supports_merge:
+    for layer in layers:
+        if not layer.can_be_merged:
             raise ValueError(
-                f"Hypothesis {hypothesis} cannot be merged into a base model quantised by {name}. {remedy}"
+                f"Hypothesis {hypothesis} cannot be merged into the quantised layer {layer.module_name!r} "
+                f"({type(layer.get_base_layer()).__name__}). {remedy}"
             )
-    if backends:
+    kinds = {layer.quantization_backend.backend_name for layer in layers if layer.quantization_backend is not None}
+    if kinds:
         warnings.warn(
-            f"Merging hypothesis {hypothesis} into a quantised base model ({', '.join(backends)}) is lossy: the merged weights "
-            f"are rounded to the same few bits, and `unmerge_adapter` does not undo that. {remedy}",
+            f"Merging hypothesis {hypothesis} into a quantised base model ({', '.join(sorted(kinds))}) is lossy: the merged "
+            f"weights are rounded to the same few bits, and `unmerge_adapter` does not undo that. {remedy}",
             stacklevel=4,
         )
 
