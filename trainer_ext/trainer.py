@@ -272,15 +272,15 @@ class MCLTrainer(SFTTrainer):
             The C * R rows that were run, and of each its entries (C, R) of `weights` and `is_counted`, both of shape (B, K).
         """
         sequences, hypotheses = weights.nonzero(as_tuple=True)
-        if len(sequences) == len(batch) and not batch.is_packed:
+        learns = batch.num_tokens[sequences] > 0
+        if len(sequences) == len(batch) and not batch.is_packed and (bool(learns.all()) or not batch.can_select):
             # Exactly one row for each sequence, and `nonzero` keeps their order: nothing needs to be copied.
             run = score_tokens(model, self._positions, batch, hypotheses)
         elif not batch.can_select:
             # Image patches and the like cannot be selected by row: all rows are run, some with weight zero.
             return self._run_all(model, batch), weights.T, is_counted.T
         else:
-            # What has nothing to learn needs no row, but a batch needs one, for its graph.
-            learns = batch.num_tokens[sequences] > 0
+            # What has nothing to learn needs no row, and its hypothesis may be broken. But a batch needs one, for its graph.
             learns[0] |= not learns.any()
             sequences, hypotheses = sequences[learns], hypotheses[learns]
             parts = plan_rows(batch, sequences.tolist(), hypotheses.tolist(), self._runs_in_parts)

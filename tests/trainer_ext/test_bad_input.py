@@ -269,6 +269,15 @@ def test_offloading_activations_from_nowhere_is_refused(tmp_path):
         trainer_for(tmp_path, activation_offloading=True)
 
 
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_float16_on_a_cpu_is_refused(tmp_path, monkeypatch, by_environment):
+    """accelerate would train in float32 and not say so."""
+    if by_environment:  # As `accelerate launch --mixed_precision fp16` asks for it.
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match=says("float16", "accelerator", "`bf16=True`")):
+        trainer_for(tmp_path, fp16=not by_environment)
+
+
 def test_unknown_option_in_yaml(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\nrelaxed_epsilom: 0.1\n")
