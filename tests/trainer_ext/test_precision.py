@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -28,9 +29,12 @@ from trainer_ext.objectives import OBJECTIVES, give_broken_to_winner, is_broken
 from trainer_ext.scoring import plan_scoring, score_sequences, score_tokens
 
 
+BROKEN = 1
+TRIGGER = VOCABULARY - 1
 EPSILON, TEMPERATURE = 0.2, 0.5
 OPTIONS = {"relaxed_epsilon": EPSILON, "initial_temperature": TEMPERATURE, "temperature_decay": 1.0, "max_length": None}
-# 0 rows of padding on the left or the right, a token or not, supervised or not.
+TARGETS = ["embed_tokens", "q_proj", "v_proj", "up_proj", "down_proj"]
+# A row: which of its tokens are supervised, columns of padding, and whether these are on the left.
 ROWS = st.lists(
     st.tuples(st.lists(st.booleans(), max_size=7), st.integers(0, 3), st.booleans()), min_size=1, max_size=4
 )
@@ -40,7 +44,7 @@ ROWS = st.lists(
 def trainer(request, tmp_path_factory):
     """A trainer that is not run, but asked for the losses of batches."""
     objective, normalization = request.param
-    model = adapted_llama()
+    model = adapted_llama(target_modules=TARGETS)
     exact = frozen_copy(model).double()
     options = {"objective": objective, "loss_normalization": normalization, **OPTIONS}
     found = trainer_for(tmp_path_factory.mktemp("trainer"), model=model, data=ragged_rows(), **options)
@@ -56,12 +60,12 @@ def trainer(request, tmp_path_factory):
 
 
 def make_batch(rows) -> dict[str, torch.Tensor]:
-    """A batch of rows (supervised or not for each token, columns of padding, whether these are on the left)."""
+    """A batch of rows as in `ROWS`, without the token `TRIGGER`."""
     width = max(1, *(len(supervised) + padding for supervised, padding, _ in rows))
     generator = torch.Generator().manual_seed(len(rows) * 100 + width)
     ids, mask, labels = [], [], []
     for supervised, _, left in rows:
-        own = torch.randint(PAD + 1, VOCABULARY, (len(supervised),), generator=generator).tolist()
+        own = torch.randint(PAD + 1, TRIGGER, (len(supervised),), generator=generator).tolist()
         targets = [token if counts else -100 for token, counts in zip(own, supervised, strict=True)]
         if left:
             targets[:1] = [-100] * len(targets[:1])  # Else it would be predicted from the padding before it.
@@ -88,11 +92,11 @@ def score(model, ids, labels, hypothesis) -> torch.Tensor:
     return torch.stack(terms).sum()
 
 
-def loss_by_hand(trainer, batch, without: int | None = None) -> torch.Tensor:
+def loss_by_hand(trainer, batch, broken: tuple[int, ...] = ()) -> torch.Tensor:
     """The loss of a batch that is a whole step, one sequence and one hypothesis at a time, in float64.
 
     Args:
-        without: A hypothesis without a finite score: the best takes over its weight.
+        broken: Rows for which the hypothesis `BROKEN` has no finite score: the best takes over its weight.
     """
     objective, by_token = trainer.args.objective, trainer.args.loss_normalization == "token"
     total, terms = 0, [torch.zeros((), dtype=torch.float64)]
@@ -100,6 +104,7 @@ def loss_by_hand(trainer, batch, without: int | None = None) -> torch.Tensor:
         count = count_tokens(labels)
         if not count:
             continue
+        without = BROKEN if row in broken else None
         scores = {k: score(trainer.exact, ids, labels, k) for k in range(3) if k != without}
         values = [scores[k].item() if k in scores else -math.inf for k in range(3)]
         if objective == "random":
@@ -171,22 +176,19 @@ def test_half_precision_gives_numbers_near_those_of_float32(trainer, dtype, rows
 # --------------------------------------------------------------------------------------------------------------------
 # Hypotheses that overflow
 
-BROKEN = 1
-
 
 def break_hypothesis(model, size: float) -> None:
+    """Make hypothesis `BROKEN` multiply by `size` where it reads the token `TRIGGER`."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "mclora_B" in name:
-                parameter[BROKEN] *= size
+            if "mclora_embedding_A" in name:
+                parameter[BROKEN, :, TRIGGER] = size
 
 
 @pytest.fixture
 def broken(trainer):
-    """A trainer, one of whose hypotheses overflows in float16 and not in float32."""
+    """A trainer, and how to make one of its hypotheses overflow on some sequences."""
     whole = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    break_hypothesis(trainer.model, 1e6)
-    break_hypothesis(trainer.exact, 1e6)
     trainer._reported_broken.clear()
     trainer._train_window.clear()
     yield trainer
@@ -196,67 +198,59 @@ def broken(trainer):
     trainer._train_window.clear()
 
 
-def test_a_hypothesis_that_overflows_does_not_win_and_does_not_poison_the_others(broken, caplog):
-    batch = make_batch([ALL, NOTHING, ([False, True, True], 0, False), ([True] * 4, 0, True)])
-    learns = batch["labels"][:, 1:].ne(-100).any(dim=1)
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 1e6), (torch.float32, 3e38)], ids=["float16", "float32"])
+def test_a_hypothesis_that_overflows_does_not_win_and_does_not_poison_the_others(broken, caplog, dtype, size):
+    # With float64 the same numbers are finite, so the reference can be differentiated.
+    for model in (broken.model, broken.exact):
+        break_hypothesis(model, size)
+    batch = make_batch([ALL, ([False] * 3, 0, False), ([False, True, True], 0, False), ([True] * 4, 0, True)])
+    batch["input_ids"][:2, 0] = TRIGGER
     drawn = set()
-    for _ in range(12):  # The row that has nothing to learn draws its winner from all of them.
-        with torch.autocast("cpu", torch.float16), caplog.at_level(logging.WARNING, logger="trainer_ext.trainer"):
+    for step in range(12):  # The row that has nothing to learn draws its winner from all of them, broken or not.
+        broken.state.global_step = step
+        autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+        with autocast, caplog.at_level(logging.WARNING, logger="trainer_ext.trainer"):
             loss = loss_of(broken, batch)
-        gradients = gradients_of(broken.model, loss)
-        for name, gradient in gradients.items():
-            assert torch.isfinite(gradient).all(), name
-            assert gradient[BROKEN].abs().max() == 0, name
-        assert any(gradient.abs().max() > 0 for gradient in gradients.values())
-        torch.testing.assert_close(loss.double(), loss_by_hand(broken, batch, without=BROKEN), rtol=2e-2, atol=1e-2)
         drawn.add(broken._winners[1].item())
+        assert broken._winners[0] != BROKEN
+        gradients = gradients_of(broken.model, loss)
+        assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+        expected = loss_by_hand(broken, batch, broken=(0,))
+        if dtype == torch.float16:
+            torch.testing.assert_close(loss.double(), expected, rtol=2e-2, atol=1e-2)
+        else:
+            torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+            exact = gradients_of(broken.exact, expected)
+            assert_same_gradients({name: gradient.double() for name, gradient in gradients.items()}, exact, 2e-5)
+    broken.state.global_step = 0
     assert BROKEN in drawn
     assert [record.message.split(":")[0] for record in caplog.records] == [
         f"Hypothesis {BROKEN} gives a likelihood that is not finite for a sequence of step 0"
     ]
-    scores, winners = broken._train_window.scores, broken._train_window.winners
-    assert not torch.isfinite(scores[learns.repeat(12), BROKEN]).any()
-    assert torch.isfinite(scores[:, [0, 2]]).all()
-    assert BROKEN not in winners[learns.repeat(12)].tolist()
+    scores = broken._train_window.scores.view(12, 4, 3)
+    assert torch.isfinite(scores).all(dim=0).tolist() == [[k != BROKEN for k in range(3)]] + [[True] * 3] * 3
     assert all(math.isfinite(value) for value in broken._train_window.summary().values())
 
 
-def test_a_model_that_is_broken_altogether_is_not_hidden(trainer):
-    """Then there is no hypothesis to go on with, and the loss says so."""
-    norm = trainer.model.get_base_model().model.norm.weight
-    norm.data[0] = math.nan
-    try:
-        assert not torch.isfinite(loss_of(trainer, make_batch([ALL])))
-    finally:
-        norm.data[0] = 1.0
-        trainer._train_window.clear()
-
-
-@pytest.mark.parametrize("objective", ["wta", "relaxed", "annealed"])
-def test_training_and_evaluation_go_on_without_a_broken_hypothesis(tmp_path, objective):
-    model = adapted_llama()
-    break_hypothesis(model, math.inf)  # 0 * inf is NaN.
-    data = ragged_rows(8, without_labels=())
-    trainer = trainer_for(
-        tmp_path,
-        model=model,
-        objective=objective,
-        data=data,
-        eval_dataset=data,
-        eval_strategy="steps",
-        eval_steps=2,
-        **OPTIONS,
-    )
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if "mclora" in name}
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_training_and_evaluation_go_on_past_sequences_that_break_a_hypothesis(tmp_path, objective):
+    model = adapted_llama(target_modules=TARGETS)
+    break_hypothesis(model, 3e38)
+    rows = [row for row in ragged_rows(8, without_labels=()) if TRIGGER not in row["input_ids"]]
+    for row in rows[:2]:
+        row["input_ids"][0] = TRIGGER
+    data = Dataset.from_list(rows)
+    options = {"objective": objective, "eval_strategy": "steps", "eval_steps": 2, **OPTIONS}
+    trainer = trainer_for(tmp_path, model=model, data=data, eval_dataset=data, **options)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer.train()
     for entry in trainer.state.log_history:
         assert all(math.isfinite(value) for value in entry.values() if isinstance(value, float)), entry
-    assert logged(trainer, f"win_share/{BROKEN}") == [0.0] * 4
-    assert logged(trainer, f"eval_win_share/{BROKEN}") == [0.0] * 2
+    assert max(logged(trainer, "worst_nll")) > 1e30  # It did break.
     for name, value in before.items():
-        after = model.get_parameter(name)[[0, 2]]
+        after = model.get_parameter(name)
         assert torch.isfinite(after).all(), name
-        assert not torch.equal(after, value[[0, 2]]), name
+        assert not torch.equal(after, value), name
 
 
 def test_the_winner_takes_over_the_weight_of_the_broken():
