@@ -224,7 +224,7 @@ class MCLoraModel(BaseTuner):
         for name, module in model.named_modules():
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 _keep_bitsandbytes_from_repacking(module)
-            if hasattr(module, "linear_mode") and hasattr(module, "dequantize_weight"):
+            if hasattr(module, "linear_mode") and hasattr(module, "qweight"):
                 _keep_gptqmodel_from_repacking(module, name, peft_config.inference_mode)
 
     def _create_and_replace(

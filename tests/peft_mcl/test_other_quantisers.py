@@ -71,17 +71,37 @@ def gptq(directory):
     return load(directory / "gptq", GPTQConfig(**options))
 
 
+def awq(directory):
+    # gptqmodel quantises by AWQ on GPUs only; so its layers for CPUs get random codes.
+    kernels = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch_aten_kernel_awq", reason="needs gptqmodel")
+    model = LlamaForCausalLM.from_pretrained(directory)
+    generator = torch.Generator().manual_seed(0)
+    for name, module in list(model.model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            sizes = {"in_features": module.in_features, "out_features": module.out_features}
+            layer = kernels.TorchAtenAwqLinear(bits=4, group_size=32, sym=False, desc_act=False, **sizes)
+            for codes in (layer.qweight, layer.qzeros):
+                codes.copy_(torch.randint(-(2**31), 2**31, codes.shape, generator=generator))
+            layer.scales.copy_(0.02 * torch.rand(layer.scales.shape, generator=generator))
+            layer.post_init()
+            model.model.set_submodule(name, layer)
+    return model
+
+
 QUANTISERS = {
     "hqq": hqq,
     "torchao int8": torchao_int8,
     "torchao int4": torchao_int4,
     "quanto": quanto,
     "gptq": gptq,
+    "awq": awq,
 }
 
 
 def weight_of(module):
     """The weight (out, in) of a quantised layer, or None for any other module."""
+    if hasattr(module, "awq_weight_dequantize"):
+        return module.awq_weight_dequantize("cpu", torch.float32).T
     if hasattr(module, "dequantize_weight"):  # GPTQ
         return module.dequantize_weight().T
     if type(module).__name__ == "HQQLinear":
