@@ -5,6 +5,7 @@ Importing this package registers the PEFT type ``MCLORA``, so that `peft.get_pef
 for Language Modeling" (arXiv 2507.10419).
 """
 
+from peft_mcl.card import CardFigures, TrainingFacts, create_model_card, write_model_card
 from peft_mcl.config import MCLoraConfig
 from peft_mcl.convert import export_hypotheses, from_lora_adapters, split_lora_adapter
 from peft_mcl.model import MCLoraModel
@@ -14,13 +15,17 @@ from peft_mcl.version import __version__
 
 
 __all__ = [
+    "CardFigures",
     "MCLoraConfig",
     "MCLoraModel",
+    "TrainingFacts",
     "__version__",
     "check_serving",
+    "create_model_card",
     "export_hypotheses",
     "from_lora_adapters",
     "split_lora_adapter",
+    "write_model_card",
 ]
 
 register(MCLoraConfig, MCLoraModel)

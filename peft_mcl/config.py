@@ -7,11 +7,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from peft_mcl.card import replace_card_of_peft
 from peft_mcl.registration import PEFT_TYPE, add_peft_type
+
+
+# Found by those who look into the file because PEFT said `KeyError: 'MCLORA'`.
+REQUIRES = "the Python package peft-mcl: `import peft_mcl` before PEFT loads this adapter"
 
 
 def require_positive_int(name: str, value: Any) -> None:
@@ -54,6 +66,7 @@ class MCLoraConfig(PeftConfig):
             of each, **shared by all hypotheses**.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*): Token embeddings that are trained,
             **shared by all hypotheses**.
+        requires (`str`): A note for readers of the saved file; it changes nothing.
 
     Raises:
         ValueError: A value is out of its range; the message names the argument, the value and what is allowed.
@@ -88,6 +101,7 @@ class MCLoraConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Token embeddings that are trained; shared by all hypotheses."}
     )
+    requires: str = field(default=REQUIRES, repr=False, metadata={"help": "A note for readers of the saved file."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,16 +144,51 @@ class MCLoraConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As `peft.PeftConfig.from_pretrained`, and checks that a local adapter's weight file is whole.
+        """As `peft.PeftConfig.from_pretrained`, but for an MCLORA adapter whose weights, if they are here, are whole.
 
         Raises:
-            ValueError: The weight file beside a local configuration is truncated or no safetensors file.
+            ValueError: There is no such folder, repository, revision or file, or none that the token may read; it holds
+                another type of adapter; or the weight file beside a local configuration is truncated or no safetensors
+                file.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        name = pretrained_model_name_or_path
+        try:
+            config = super().from_pretrained(name, subfolder=subfolder, **kwargs)
+        except ValueError as error:
+            if (reason := _why_not_found(name, subfolder, kwargs.get("revision"), error.__cause__)) is None:
+                raise
+            raise ValueError(reason) from error
+        if not isinstance(config, MCLoraConfig):
+            raise ValueError(
+                f"{name!r} holds an adapter of type {getattr(config.peft_type, 'value', config.peft_type)}, not MCLORA. Load "
+                "it with `PeftModel.from_pretrained`, or make hypotheses of LoRA adapters with `from_lora_adapters`."
+            )
         weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         if weights.is_file():
             check_safetensors(weights)
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in PEFT, and where `PeftModel.save_pretrained` has left a blank model card, fills it in."""
+        super().save_pretrained(save_directory, **kwargs)
+        replace_card_of_peft(save_directory, self)
+
+
+def _why_not_found(name: str, subfolder: str | None, revision: str | None, cause: BaseException | None) -> str | None:
+    """What to tell of an error of the Hub's client; None if there is nothing to add."""
+    inside = f" in subfolder {subfolder!r}" if subfolder else ""
+    if isinstance(cause, RevisionNotFoundError):
+        return f"`revision`: {name!r} has no branch, tag or commit {revision!r}."
+    if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+        return f"{name!r} has no {CONFIG_NAME}{inside}: it holds no adapter there. Check the name and `subfolder`."
+    if isinstance(cause, RepositoryNotFoundError):
+        return (
+            f"{name!r} is neither a folder here nor a repository on the Hub that your token may read. Check the name; for a "
+            "private repository set HF_TOKEN, log in with `hf auth login`, or pass `token=`."
+        )
+    if isinstance(cause, HfHubHTTPError) and cause.response.status_code == 401:
+        return f"The Hub refused your token for {name!r}. Log in with `hf auth login`, set HF_TOKEN, or pass another `token=`."
+    return None
 
 
 def check_safetensors(path: Path) -> None:

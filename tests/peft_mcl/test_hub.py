@@ -1,80 +1,37 @@
-"""Tests of pushing to and loading from the Hub, with the real client and a server on loopback.
-
-The client reads its settings when it is imported, so pushing and loading are programs of their own, each with an empty
-cache.
-"""
+"""Tests of pushing to and loading from the Hub, with the real client and a server on loopback (see tests/conftest.py)."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load
+from transformers import AutoModelForCausalLM
 
-from tests.hub_server import TOKEN, HubServer
+from peft_mcl import MCLoraConfig, export_hypotheses
+from tests.hub_server import GUEST_TOKEN, HubServer
 from tests.tiny import tiny_llama, with_hypotheses
 
 
 ROOT = Path(__file__).resolve().parents[2]
-
-PUSH = """
-import sys
-from huggingface_hub import HfApi
-from peft_mcl import export_hypotheses
-from tests.tiny import tiny_llama, with_hypotheses
-
-model = with_hypotheses(tiny_llama())
-print(model.push_to_hub("user/hypotheses", commit_message="All hypotheses"))
-for k, directory in enumerate(export_hypotheses(model, sys.argv[1])):
-    HfApi().create_repo(f"user/hypothesis_{k}")
-    HfApi().upload_folder(repo_id=f"user/hypothesis_{k}", folder_path=directory)
-with_hypotheses(tiny_llama(), seed=2).push_to_hub("user/hypotheses", commit_message="Better ones")
-"""
-
-LOAD = """
-import sys
-import torch
-from peft import AutoPeftModel, PeftConfig, PeftModel
-from peft_mcl import MCLoraConfig, from_lora_adapters
-from tests.tiny import tiny_llama
-
-ids = torch.arange(4, 22).view(3, 6)
-config = PeftConfig.from_pretrained("user/hypotheses")
-assert type(config) is MCLoraConfig, config
-model = PeftModel.from_pretrained(tiny_llama(), "user/hypotheses").eval()
-pinned = PeftModel.from_pretrained(tiny_llama(), "user/hypotheses", revision=sys.argv[2]).eval()
-alone = [PeftModel.from_pretrained(tiny_llama(), f"user/hypothesis_{k}").eval() for k in range(3)]
-stacked = from_lora_adapters(tiny_llama(), [f"user/hypothesis_{k}" for k in (2, 0)]).eval()
-try:
-    PeftModel.from_pretrained(tiny_llama(), "user/missing")
-except ValueError as error:
-    print("refused:", error)
-with torch.no_grad():
-    torch.save(
-        {
-            "all": model(ids, hypotheses="all").logits,
-            "generated": model.generate(ids, max_new_tokens=4),
-            "pinned": pinned(ids, hypotheses="all").logits,
-            "alone": torch.cat([lora(ids).logits for lora in alone]),
-            "stacked": stacked(ids, hypotheses="all").logits,
-        },
-        sys.argv[1],
-    )
-"""
+IDS = torch.arange(4, 22).view(3, 6)
 
 
-def run(program: str, hub: HubServer, home: Path, *arguments: str) -> str:
-    environment = {**os.environ, **hub.environment(home), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+@torch.no_grad()
+def all_logits(model) -> torch.Tensor:
+    return model.eval()(IDS, hypotheses="all").logits
+
+
+@pytest.fixture(scope="module")
+def base(hub: HubServer) -> str:
+    tiny_llama().push_to_hub("user/base")
+    return "user/base"
 
 
 @pytest.fixture(scope="module")
@@ -83,62 +40,197 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory, exported: Path) -> Iterator[HubServer]:
-    """A Hub that the adapters were pushed to."""
-    with HubServer() as server:
-        assert f"{server.endpoint}/user/hypotheses" in run(PUSH, server, tmp_path_factory.mktemp("push"), str(exported))
-        yield server
+def pushed(hub: HubServer, base: str, exported: Path) -> str:
+    """A repository with an adapter, pushed twice, and its hypotheses as ordinary LoRA adapters beside it."""
+    model = with_hypotheses(AutoModelForCausalLM.from_pretrained(base))
+    model.push_to_hub("user/hypotheses", commit_message="All hypotheses")
+    HfApi().create_tag("user/hypotheses", tag="v1")
+    model = with_hypotheses(AutoModelForCausalLM.from_pretrained(base), seed=2)
+    model.push_to_hub("user/hypotheses", commit_message="Better ones")
+    export_hypotheses(model, exported)
+    HfApi().upload_folder(repo_id="user/hypotheses", folder_path=exported, commit_message="Exported")
+    return "user/hypotheses"
 
 
-def test_what_was_pushed(hub: HubServer):
-    assert set(hub.repositories) == {"user/hypotheses", *(f"user/hypothesis_{k}" for k in range(3))}
-    messages = [commit.message for commit in hub.repositories["user/hypotheses"]]
-    assert messages == ["initial commit", "All hypotheses", "Better ones"]
-    files = hub.files("user/hypotheses")
-    assert set(files) == {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
+def refused(match: str, name: str, **options) -> None:
+    with pytest.raises(ValueError, match=match):
+        MCLoraConfig.from_pretrained(name, **options)
+
+
+# --- what is pushed, and what comes back ---
+
+
+def test_what_was_pushed(hub, pushed):
+    assert hub.messages(pushed) == ["initial commit", "All hypotheses", "Better ones", "Exported"]
+    files = hub.files(pushed)
+    own = {name for name in files if "/" not in name}
+    assert own == {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
     config = json.loads(files["adapter_config.json"])
-    assert config["peft_type"] == "MCLORA"
-    assert config["num_hypotheses"] == 3
+    assert (config["peft_type"], config["num_hypotheses"]) == ("MCLORA", 3)
+    assert config["base_model_name_or_path"] == "user/base"
+    assert "import peft_mcl" in config["requires"]
     weights = load(files["adapter_model.safetensors"])
     assert all(tensor.shape[0] == 3 for tensor in weights.values())
-    assert hub.repositories["user/hypotheses"][-1].files["adapter_model.safetensors"].is_lfs
+    assert hub.repositories[pushed].commit("main").files["adapter_model.safetensors"].is_lfs
 
 
-def test_exported_directories_arrive_unchanged(hub: HubServer, exported: Path):
-    assert len(list(exported.iterdir())) == 3
-    for k in range(3):
-        directory = exported / f"hypothesis_{k}"
-        files = {name: content for name, content in hub.files(f"user/hypothesis_{k}").items() if name[0] != "."}
-        assert files == {path.name: path.read_bytes() for path in directory.iterdir()}
+def test_exported_directories_arrive_unchanged(hub, pushed, exported):
+    here = {str(path.relative_to(exported)): path.read_bytes() for path in exported.rglob("*") if path.is_file()}
+    assert {name for name in here if "safetensors" in name} == {
+        f"hypothesis_{k}/adapter_model.safetensors" for k in range(3)
+    }
+    assert {name: content for name, content in hub.files(pushed).items() if "/" in name} == here
 
 
-def test_loading_in_a_fresh_home(hub: HubServer, tmp_path: Path):
-    first = hub.repositories["user/hypotheses"][1].sha
-    output = run(LOAD, hub, tmp_path, str(tmp_path / "results.pt"), first)
-    assert "refused: Can't find 'adapter_config.json' at 'user/missing'" in output
-    found = torch.load(tmp_path / "results.pt")
-    model, newest = with_hypotheses(tiny_llama()), with_hypotheses(tiny_llama(), seed=2)
-    ids = torch.arange(4, 22).view(3, 6)
-    with torch.no_grad():
-        expected = model(ids, hypotheses="all").logits
-        torch.testing.assert_close(found["all"], newest(ids, hypotheses="all").logits)
-    assert torch.equal(found["generated"], newest.generate(ids, max_new_tokens=4))
-    torch.testing.assert_close(found["pinned"], expected)
-    torch.testing.assert_close(found["alone"], expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found["stacked"], torch.cat([expected[6:], expected[:3]]), rtol=1e-4, atol=1e-4)
+def test_loading_what_was_pushed(pushed, base):
+    first, newest = with_hypotheses(tiny_llama()), with_hypotheses(tiny_llama(), seed=2)
+    expected = all_logits(newest)
+    torch.testing.assert_close(all_logits(AutoPeftModelForCausalLM.from_pretrained(pushed)), expected)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), pushed)
+    torch.testing.assert_close(all_logits(loaded), expected)
+    pinned = PeftModel.from_pretrained(tiny_llama(), pushed, revision="v1")
+    torch.testing.assert_close(all_logits(pinned), all_logits(first))
 
 
-def test_nothing_is_written_without_the_token(hub: HubServer, tmp_path: Path):
-    before = {name: len(commits) for name, commits in hub.repositories.items()}
-    program = """
-import os
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
-try:
-    HfApi(token="hf_wrong").upload_file(path_or_fileobj=b"x", path_in_repo="x.txt", repo_id="user/hypotheses")
-except HfHubHTTPError as error:
-    print("refused", error.response.status_code)
-"""
-    assert run(program, hub, tmp_path) == "refused 401\n"
-    assert {name: len(commits) for name, commits in hub.repositories.items()} == before
-    assert TOKEN != "hf_wrong"
+# --- branches, folders, private repositories ---
+
+
+def test_branches_tags_and_commits(hub):
+    first, second = with_hypotheses(tiny_llama()), with_hypotheses(tiny_llama(), seed=2)
+    first.push_to_hub("user/branches")
+    second.push_to_hub("user/branches", revision="runs/second")
+    HfApi().create_tag("user/branches", tag="best", revision="runs/second")
+    assert [ref.name for ref in HfApi().list_repo_refs("user/branches").branches] == ["main", "runs/second"]
+    commit = hub.repositories["user/branches"].commit("main").sha
+    for revision, model in (("main", first), (commit, first), ("runs/second", second), ("best", second)):
+        loaded = PeftModel.from_pretrained(tiny_llama(), "user/branches", revision=revision)
+        torch.testing.assert_close(all_logits(loaded), all_logits(model))
+    refused(r"`revision`: 'user/branches' has no branch, tag or commit 'worst'", "user/branches", revision="worst")
+
+
+def test_an_adapter_in_a_folder_of_a_repository(hub, tmp_path):
+    model = with_hypotheses(tiny_llama())
+    model.save_pretrained(tmp_path)
+    HfApi().create_repo("user/folders")
+    HfApi().upload_folder(repo_id="user/folders", folder_path=tmp_path, path_in_repo="inner/one")
+    loaded = PeftModel.from_pretrained(tiny_llama(), "user/folders", subfolder="inner/one")
+    torch.testing.assert_close(all_logits(loaded), all_logits(model))
+    refused("'user/folders' has no adapter_config.json in subfolder 'two'", "user/folders", subfolder="two")
+    refused("'user/folders' has no adapter_config.json: it holds no adapter there", "user/folders")
+
+
+def test_a_private_repository(hub, tmp_path):
+    model = with_hypotheses(tiny_llama())
+    model.push_to_hub("user/private", private=True)
+    assert hub.repositories["user/private"].private
+    loaded = PeftModel.from_pretrained(tiny_llama(), "user/private")
+    torch.testing.assert_close(all_logits(loaded), all_logits(model))
+    # The client would show what is in its cache to anyone.
+    for token in (GUEST_TOKEN, False):
+        options = {"token": token, "cache_dir": tmp_path}
+        refused(
+            "'user/private' is neither a folder here nor a repository .* that your token", "user/private", **options
+        )
+        with pytest.raises(ValueError, match=r"Can't find 'adapter_config[.]json' at 'user/private'"):
+            PeftModel.from_pretrained(tiny_llama(), "user/private", **options)
+
+
+# --- what cannot work ---
+
+
+def test_what_is_not_there(pushed, tmp_path):
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config[.]json' at 'user/missing'"):
+        PeftModel.from_pretrained(tiny_llama(), "user/missing")
+    refused("'user/missing' is neither a folder here nor a repository on the Hub", "user/missing")
+    refused(f"The Hub refused your token for {pushed!r}", pushed, token="hf_wrong", cache_dir=tmp_path)
+
+
+def test_another_type_of_adapter(hub):
+    get_peft_model(tiny_llama(), LoraConfig(r=2, task_type="CAUSAL_LM")).push_to_hub("user/plain-lora")
+    refused("'user/plain-lora' holds an adapter of type LORA, not MCLORA.*from_lora_adapters", "user/plain-lora")
+    # PEFT itself loads it as what it is.
+    assert isinstance(PeftModel.from_pretrained(tiny_llama(), "user/plain-lora").peft_config["default"], LoraConfig)
+
+
+def test_an_adapter_of_another_base_model(hub, pushed):
+    with pytest.raises(RuntimeError, match="size mismatch") as error:
+        PeftModel.from_pretrained(tiny_llama(hidden_size=32), pushed)
+    assert "load it on the one that it was made for, 'user/base'" in str(error.value)
+    with pytest.raises(RuntimeError, match=r"14 weights .* no place in the base model, such as \S*layers.1") as error:
+        PeftModel.from_pretrained(tiny_llama(num_hidden_layers=1), pushed)
+    assert "'user/base'" in str(error.value)
+    # Nothing but the name tells that it is another one.
+    other = tiny_llama()
+    other.name_or_path = "user/other"
+    with pytest.warns(UserWarning, match="was made for user/base .* and is put on user/other"):
+        PeftModel.from_pretrained(other, pushed)
+
+
+def test_nothing_is_written_without_the_right_token(hub, pushed):
+    before = hub.messages(pushed)
+    model = with_hypotheses(tiny_llama())
+    for token, status in (("hf_wrong", 401), (GUEST_TOKEN, 403)):
+        with pytest.raises(HfHubHTTPError) as error:
+            model.push_to_hub(pushed, token=token)
+        assert error.value.response.status_code == status
+    assert hub.messages(pushed) == before
+
+
+# --- a bad connection ---
+
+
+def test_an_upload_that_is_cut_is_repeated_by_the_client(hub):
+    model = with_hypotheses(tiny_llama(), seed=4)
+    with hub.failing("PUT", "/lfs/.*") as failure:
+        model.push_to_hub("user/cut")
+    assert failure.times == 0
+    torch.testing.assert_close(all_logits(PeftModel.from_pretrained(tiny_llama(), "user/cut")), all_logits(model))
+
+
+def test_an_upload_that_fails_leaves_the_repository_as_it_was_and_can_be_repeated(hub):
+    first, second = with_hypotheses(tiny_llama(), seed=5), with_hypotheses(tiny_llama(), seed=6)
+    first.push_to_hub("user/failing")
+    before = hub.files("user/failing")
+    # Cut in the middle of the weights and refused when repeated; refused with all weights there; cut in the commit itself.
+    for failures in (
+        (("PUT", "/lfs/.*", None), ("PUT", "/lfs/.*", 403)),
+        (("POST", ".*/commit/main", 500),),
+        (("POST", ".*/commit/main", None),),
+    ):
+        with (
+            hub.failing(*failures[0]),
+            hub.failing(*failures[-1]),
+            pytest.raises(Exception, match=r"Error while uploading|500|disconnected"),
+        ):
+            second.push_to_hub("user/failing")
+        assert hub.files("user/failing") == before
+    second.push_to_hub("user/failing")
+    torch.testing.assert_close(all_logits(PeftModel.from_pretrained(tiny_llama(), "user/failing")), all_logits(second))
+
+
+def test_a_download_that_is_cut_goes_on(hub):
+    model = with_hypotheses(tiny_llama(), seed=7)
+    model.push_to_hub("user/cut-download")
+    with hub.failing("GET", ".*cut-download/resolve/.*safetensors") as failure:
+        loaded = PeftModel.from_pretrained(tiny_llama(), "user/cut-download")
+    assert failure.times == 0
+    torch.testing.assert_close(all_logits(loaded), all_logits(model))
+
+
+def test_several_clients_at_once(hub, tmp_path):
+    HfApi().create_repo("user/crowd")
+    model = with_hypotheses(tiny_llama())
+    folders = export_hypotheses(model, tmp_path)
+
+    def push(k: int) -> None:
+        HfApi().upload_folder(
+            repo_id="user/crowd", folder_path=folders[k % 3], path_in_repo=str(k), commit_message=str(k)
+        )
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(push, range(6)))
+    # No commit has lost what another one brought.
+    assert sorted(hub.messages("user/crowd")) == [*"012345", "initial commit"]
+    files = hub.files("user/crowd")
+    for k in range(6):
+        assert files[f"{k}/adapter_model.safetensors"] == (folders[k % 3] / "adapter_model.safetensors").read_bytes()

@@ -20,6 +20,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from peft_mcl import MCLoraConfig
 from tests.peft_mcl.reference import (
@@ -192,6 +193,19 @@ def test_adapter_of_another_base(tmp_path, low_cpu_mem_usage):
         PeftModel.from_pretrained(tiny_llama(hidden_size=32), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     with pytest.raises(ValueError, match=r"Target modules .* not found in the base model"):
         PeftModel.from_pretrained(tiny_t5(), tmp_path)
+
+
+def test_wrapped_layers_are_not_taken_for_another_base():
+    model = adapt(tiny_llama())
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items() if "mclora" in name}
+    layers = model.base_model.model.model.layers
+    layers[0], layers[1] = checkpoint_wrapper(layers[0]), torch.compile(layers[1], backend="eager")
+    # `torch.compile` keeps its wrapper in the names of a state dict; checkpointing and FSDP do not.
+    state = {name.replace("layers.1.", "layers.1._orig_mod."): tensor for name, tensor in state.items()}
+    assert "layers.0._checkpoint_wrapped_module" in str([name for name, _ in model.named_parameters()])
+    model.load_state_dict(state, strict=False)
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
 def test_adapter_with_another_number_of_hypotheses_than_it_says(tmp_path):

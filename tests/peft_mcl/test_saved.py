@@ -51,13 +51,22 @@ api.upload_folder(repo_id="user/pickled", folder_path=lora)
 STOCK = """
 import sys
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from transformers import AutoModelForCausalLM
 
 ids = torch.arange(4, 22).view(3, 6)
 results, first, base = sys.argv[1:]
 plain = lambda: AutoModelForCausalLM.from_pretrained(base)
+for load in (
+    AutoPeftModelForCausalLM.from_pretrained,
+    AutoModelForCausalLM.from_pretrained,
+    lambda name: PeftModel.from_pretrained(plain(), name),
+):
+    try:
+        load("user/both")
+    except KeyError as error:
+        print("KeyError:", error)
 found = {
     "subfolder": PeftModel.from_pretrained(plain(), "user/both", subfolder="hypothesis_1"),
     "revision": PeftModel.from_pretrained(plain(), "user/both", subfolder="hypothesis_1", revision=first),
@@ -136,7 +145,12 @@ def expected(seed: int) -> list[torch.Tensor]:
 
 def test_one_repository_serves_plain_peft(pushed: tuple[HubServer, str, str], tmp_path: Path):
     hub, first, base = pushed
-    run(STOCK, hub, tmp_path, str(tmp_path / "logits.pt"), first, base)
+    output = run(STOCK, hub, tmp_path, str(tmp_path / "logits.pt"), first, base)
+    # All that is said of the MCLORA adapter itself; the first lines of its card tell what to do about exactly this.
+    assert output == "KeyError: 'MCLORA'\n" * 3
+    head = hub.files("user/both")["README.md"].decode().split("##")[0]
+    assert "`KeyError: 'MCLORA'`" in head
+    assert "`import peft_mcl`" in head
     found, newest = torch.load(tmp_path / "logits.pt"), expected(seed=2)
     assert torch.equal(found["subfolder"], newest[1])
     assert torch.equal(found["revision"], expected(seed=1)[1])
