@@ -61,9 +61,6 @@ def staged(directory: Path) -> Iterator[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=directory, prefix=".saving-"))
     try:
-        # PEFT keeps what the card says.
-        if (directory / "README.md").is_file():
-            shutil.copy2(directory / "README.md", staging)
         yield staging
         for name in _files(staging, ()):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)

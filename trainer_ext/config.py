@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from numbers import Real
+from typing import Any
 
 from trl import SFTConfig
 
@@ -50,6 +52,8 @@ class MCLConfig(SFTConfig):
         save_hypotheses (`bool`): Whenever the model is saved or pushed, put each hypothesis beside it as an ordinary LoRA
             adapter, `hypothesis_0/` and so on, for plain PEFT and serving engines. Checkpoints to resume from do not get
             them (transformers would take them for adapters of the model), but what is pushed during training does.
+        card_prompts (`int`): Show the continuations of this many prompts of the evaluation data (or else of the training
+            data) on the model card, when the trainer saves or pushes it at the end; 0 for none. On one process.
 
     Raises:
         ValueError: A value is out of its range, or an option of SFTConfig makes no sense with one loss for each sequence;
@@ -112,6 +116,9 @@ class MCLConfig(SFTConfig):
         default=False,
         metadata={"help": "Save each hypothesis as an ordinary LoRA adapter, too, in hypothesis_0/, hypothesis_1/ ..."},
     )
+    card_prompts: int = field(
+        default=3, metadata={"help": "Prompts of the data whose continuations the model card shows; 0 for none."}
+    )
 
     def __post_init__(self) -> None:
         self._check_objective()
@@ -162,8 +169,39 @@ class MCLConfig(SFTConfig):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        if isinstance(self.card_prompts, bool) or not isinstance(self.card_prompts, int) or self.card_prompts < 0:
+            raise ValueError(f"`card_prompts` must be an integer, 0 (none) or more, got {self.card_prompts!r}.")
         if self.no_win_warning_steps < 0:
             raise ValueError(f"`no_win_warning_steps` must be 0 (never) or more, got {self.no_win_warning_steps!r}.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without tokens: this goes into `training_args.bin`, which goes to the Hub with the adapter."""
+        return {**self.__dict__, "hub_token": None, "model_init_kwargs": _without_token(self.model_init_kwargs)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MCLConfig:
+        # A copy goes nowhere, and may be trained with.
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __copy__(self) -> MCLConfig:
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, which hides `hub_token`: this goes into logs. The token of the base model is hidden too."""
+        found = super().to_dict()
+        return {**found, "model_init_kwargs": _without_token(found["model_init_kwargs"])}
+
+    def __str__(self) -> str:
+        shown = copy.copy(self)
+        shown.model_init_kwargs = _without_token(self.model_init_kwargs)
+        return super(MCLConfig, shown).__str__()
+
+    # A dataclass would get one that shows all.
+    __repr__ = __str__
 
     def _refuse_meaningless_options(self) -> None:
         wrapped = (self.packing or bool(self.eval_packing)) and self.packing_strategy == "wrapped"
@@ -188,3 +226,7 @@ class MCLConfig(SFTConfig):
         for name, (is_set, reason) in refuse.items():
             if is_set:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is not supported by MCLTrainer: {reason}.")
+
+
+def _without_token(model_init_kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+    return model_init_kwargs and {name: value for name, value in model_init_kwargs.items() if name != "token"}

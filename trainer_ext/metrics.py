@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from peft_mcl.card import CardFigures
 from trainer_ext.objectives import finite_scores
 
 
@@ -45,6 +46,12 @@ class ScoreWindow:
     def summary(self) -> dict[str, float]:
         """The metrics of everything added so far; see `competition_metrics`."""
         return competition_metrics(self.scores, self.num_tokens, self.winners)
+
+    def for_card(self) -> CardFigures:
+        """The same for a model card, with what it takes to judge them. Sequences without supervised tokens do not count."""
+        counted = self.num_tokens[self.num_tokens > 0]
+        tokens = counted.double().mean().item() if len(counted) else 0.0
+        return CardFigures(self.summary(), len(counted), tokens)
 
     def clear(self) -> None:
         self._scores.clear()

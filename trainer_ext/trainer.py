@@ -23,14 +23,15 @@ from transformers.trainer_utils import (
     has_length,
     rotate_checkpoints,
 )
-from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
 
 from peft_mcl import export_hypotheses
+from peft_mcl.card import CARD_NAME, CardFigures
 from trainer_ext import checkpoints, checks
 from trainer_ext.batches import SequenceBatch
 from trainer_ext.config import MCLConfig
 from trainer_ext.draws import Occurrences, sequence_draws
+from trainer_ext.hub import HubTrainer
 from trainer_ext.metrics import ScoreWindow, WinWatch
 from trainer_ext.noise import evaluation_mode, has_dropout
 from trainer_ext.objectives import (
@@ -62,7 +63,7 @@ from trainer_ext.winners import RememberedWinners
 logger = logging.getLogger(__name__)
 
 
-class MCLTrainer(SFTTrainer):
+class MCLTrainer(HubTrainer):
     """Trains the K hypotheses of an MCLORA model by winner-takes-all (LoRA-MCL, arXiv 2507.10419).
 
     Takes the arguments of `trl.SFTTrainer`; data sets, chat templates, masks, callbacks, checkpoints and the Hub work as
@@ -97,7 +98,7 @@ class MCLTrainer(SFTTrainer):
             one loss for each sequence, or the output directory cannot be written.
     """
 
-    _tag_names = ["trl", "peft-mcl", "mclora"]
+    _tag_names = ["trl", "lora-mcl", "mclora", "peft-mcl"]
     _name = "LoRA-MCL"
     _paper = {
         "title": "Multiple Choice Learning of Low-Rank Adapters for Language Modeling",
@@ -174,6 +175,8 @@ class MCLTrainer(SFTTrainer):
     def _forget_earlier_runs(self) -> None:
         self._train_window = ScoreWindow()
         self._occurrences = Occurrences()
+        # For the model card: what was last measured in training and on each evaluation set.
+        self.figures: dict[str, CardFigures] = {}
         self._wins: WinWatch | None = None
         self._last_temperature = self.args.initial_temperature
         self._weighted_share = 1.0
@@ -535,6 +538,7 @@ class MCLTrainer(SFTTrainer):
             # Nothing was scored if all winners were remembered.
             if len(self._train_window.winners):
                 logs.update(self._train_window.summary())
+                self.figures["training"] = self._train_window.for_card()
             self._train_window.clear()
             if self.args.objective == "annealed":
                 logs["temperature"] = self._last_temperature
@@ -552,6 +556,7 @@ class MCLTrainer(SFTTrainer):
             metrics = self._eval_window.summary()
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
             output.metrics[f"{metric_key_prefix}_loss"] = metrics["wta_nll"]
+            self.figures[metric_key_prefix] = self._eval_window.for_card()
         return output
 
     def score(self, dataset: Dataset) -> ScoreWindow:
@@ -600,6 +605,7 @@ class MCLTrainer(SFTTrainer):
                     checkpoints.write_manifest(checkpoint, self.accelerator.num_processes)
         finally:
             self.args.save_total_limit = limit
+        self.push_due_checkpoint()
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=str(checkpoint.parent),
@@ -613,8 +619,12 @@ class MCLTrainer(SFTTrainer):
         if not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
-        with checkpoints.staged(Path(str(output_dir or self.args.output_dir))) as staging:
+        directory = Path(str(output_dir or self.args.output_dir))
+        with checkpoints.staged(directory) as staging:
             super()._save(str(staging), state_dict)
+            # PEFT's card. It must not replace one that is there, which may be a user's.
+            (staging / CARD_NAME).unlink(missing_ok=True)
+        self.write_card(directory)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As SFTTrainer, and with `save_hypotheses` each hypothesis as an ordinary LoRA adapter beside the model."""
@@ -645,6 +655,8 @@ class MCLTrainer(SFTTrainer):
             return
         # From the file that was just written: it holds all of the weights, also where this process does not.
         export_hypotheses(saved / name, folder / name)
+        # Which tells how to use them.
+        self.write_card(folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # With the rest of what resuming needs.

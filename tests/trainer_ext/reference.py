@@ -99,7 +99,7 @@ def ragged_rows(rows: int = 10, seed: int = 0, without_labels: tuple[int, ...] =
 
 
 def settings(output_dir: Path, **options: Any) -> MCLConfig:
-    return MCLConfig(output_dir=str(output_dir), **{**QUICK, **options})
+    return MCLConfig(output_dir=str(output_dir), **{**QUICK, "card_prompts": 0, **options})
 
 
 def hypotheses(num_hypotheses: int = 3, **options: Any) -> MCLoraConfig:

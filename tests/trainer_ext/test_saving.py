@@ -110,7 +110,7 @@ def test_two_processes_and_the_hub(tmp_path: Path):
         command = [*torchrun, script, str(tmp_path / "out")]
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-4000:]
-        commits = hub.repositories["user/trained"]
+        commits = hub.repositories["user/trained"].branches["main"]
     at_checkpoint = next(commit for commit in commits if commit.message == "Training in progress, step 3")
     for commit in (at_checkpoint, commits[-1]):
         files = {path: file.content for path, file in commit.files.items()}

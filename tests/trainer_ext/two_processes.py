@@ -110,6 +110,7 @@ def run(case: str, output_dir: Path, **options: Any) -> dict[str, Any]:
             "per_device_eval_batch_size": BATCH_SIZE,
             "gradient_accumulation_steps": ACCUMULATION,
             "train_sampling_strategy": "sequential",
+            "card_prompts": 1,
         }
         trainer = trainer_for(
             output_dir,
@@ -126,6 +127,7 @@ def run(case: str, output_dir: Path, **options: Any) -> dict[str, Any]:
         batches = [padded_batch(unpacked(batch)) for batch in packed] or collator.batches
         found = {"batches": batches[: STEPS * ACCUMULATION], "weights": list(weights), "calls": list(calls)}
         metrics = trainer.evaluate()
+        trainer.save_model()
     finally:
         trainer_module.assignment_weights = assignment
         MCLTrainer._run_weighted, MCLTrainer._compete = weighted, compete  # type: ignore[method-assign]
@@ -138,6 +140,7 @@ def run(case: str, output_dir: Path, **options: Any) -> dict[str, Any]:
         "metrics": {
             name: value for name, value in metrics.items() if "per_second" not in name and "runtime" not in name
         },
+        "card": (output_dir / "README.md").read_text() if trainer.is_world_process_zero() else "",
         "processes": trainer.accelerator.num_processes,
         "distributed_type": str(trainer.accelerator.distributed_type),
         "wrapper": type(trainer.model_wrapped).__name__,
