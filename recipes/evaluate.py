@@ -29,7 +29,7 @@ from sklearn.metrics.cluster import contingency_matrix
 from transformers import PrinterCallback
 from trl import ModelConfig, TrlParser, get_quantization_config
 
-import peft_mcl  # noqa: F401  (registers the adapter type)
+from peft_mcl import MCLoraConfig  # also registers the adapter type
 from trainer_ext import MCLConfig, MCLTrainer
 from trainer_ext.metrics import ScoreWindow
 
@@ -105,6 +105,8 @@ def score(adapter: str, dataset: Dataset, args: EvaluateArguments) -> ScoreWindo
 
 def load_model(adapter: str, args: EvaluateArguments) -> Any:
     """The hypotheses on their base model, which is quantised as `train_mcl.py` does it if that is asked for."""
+    # Refuses what is no adapter with hypotheses, before the base model is loaded.
+    MCLoraConfig.from_pretrained(adapter)
     quantisation = ModelConfig(
         dtype="bfloat16" if args.dtype == "auto" else args.dtype,  # What 4-bit layers compute in.
         load_in_4bit=args.load_in_4bit,

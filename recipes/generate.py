@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser, get_quantization_config
 
-import peft_mcl  # noqa: F401  (registers the adapter type)
+from peft_mcl import MCLoraConfig  # also registers the adapter type
 
 
 @dataclass
@@ -95,6 +95,8 @@ def read_prompts(args: GenerateArguments) -> list[dict[str, Any]]:
 
 def load_model(adapter: str, args: GenerateArguments) -> Any:
     """The hypotheses on their base model, which is quantised as `train_mcl.py` does it if that is asked for."""
+    # Refuses what is no adapter with hypotheses, before the base model is loaded.
+    MCLoraConfig.from_pretrained(adapter)
     quantisation = ModelConfig(
         dtype="bfloat16" if args.dtype == "auto" else args.dtype,  # What 4-bit layers compute in.
         load_in_4bit=args.load_in_4bit,

@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
+from huggingface_hub.constants import ENDPOINT
 from peft import PeftModel
 from transformers import BitsAndBytesConfig
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
 from peft_mcl import MCLoraConfig, from_lora_adapters, split_lora_adapter
-from trainer_ext import MCLConfig, MCLTrainer
+from trainer_ext import MCLConfig, MCLTrainer, PushFailed
 
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -82,6 +83,8 @@ def main(
             "peft_config": peft_config(model_args, hypothesis_args),
         }
     trainer = MCLTrainer(args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset, **model)
+    # Kept for all cards, also those of checkpoints.
+    trainer.create_model_card(dataset_name=script_args.dataset_name)
     try:
         trainer.train(resume_from_checkpoint=resume_argument(training_args.resume_from_checkpoint))
     except KeyboardInterrupt:
@@ -96,11 +99,20 @@ def main(
     trainer.accelerator.print(f"The adapter is in {training_args.output_dir}.")
     if eval_dataset is not None:
         trainer.save_metrics("eval", trainer.evaluate())
+        # Now with this evaluation.
+        trainer.create_model_card()
+    failure = None
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
+        try:
+            trainer.push_to_hub()
+            trainer.accelerator.print(f"Pushed to {ENDPOINT}/{trainer.hub_model_id}.")
+        except PushFailed as error:
+            # By now everything is on disk.
+            failure = str(error)
     # Finish the trackers and leave the process group.
     trainer.end()
+    if failure:
+        sys.exit(failure)
 
 
 def quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from peft_mcl import export_hypotheses
@@ -42,7 +43,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=settings, text=True, capture_output=True, timeout=600)
 
 
-def launch(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def launch(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     accelerate = str(Path(sys.executable).with_name("accelerate"))
     return run(
         *(accelerate, "launch", "--num_processes", "1", "--num_machines", "1"),
@@ -51,6 +52,7 @@ def launch(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
         *("--use_cpu", "--bf16", "False", "--report_to", "none", "--lora_target_modules", "all-linear"),
         *("--logging_steps", "1", "--gradient_checkpointing", "False"),
         *options,
+        **environment,
     )
 
 
@@ -310,3 +312,71 @@ def test_a_missing_mode_column_is_named(workplace, trained):
     )
     with pytest.raises(ValueError, match="no column 'style'"):
         evaluate.main(options)
+
+
+# --- the Hub ---
+
+SECRET = "hf_secretOfTheRecipes"
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, workplace) -> str:
+    """An adapter whose pushes fail while it is trained, and that is pushed by the command that training ends with."""
+    hub.accounts[SECRET] = "user"
+    out = workplace / "pushed"
+    options = (
+        *("--output_dir", str(out), "--num_hypotheses", "2", "--max_steps", "2", "--save_steps", "1"),
+        *("--push_to_hub", "--hub_model_id", "user/recipe", "--card_prompts", "1"),
+        # On the command line, `accelerate launch` would print it when a run fails.
+        *("--config", str(workplace / "token.yaml")),
+    )
+    (workplace / "token.yaml").write_text(f"hub_token: {SECRET}\n")
+    with hub.failing("POST", ".*/commit/.*", status=500, times=9) as failure:
+        result = launch(workplace, *options, HF_HUB_OFFLINE="0", TRANSFORMERS_VERBOSITY="debug")
+    assert result.returncode == 1, result.stderr
+    assert failure.times < 8, result.stderr
+    assert "A checkpoint could not be pushed to user/recipe" in result.stderr
+    assert hub.messages("user/recipe") == ["initial commit"]
+    message = next(line for line in result.stderr.splitlines() if line.startswith("The adapter is saved in"))
+    # Not less than a run without a push leaves.
+    for name in ("adapter_model.safetensors", "trainer_state.json", "README.md", "checkpoint-2/adapter_config.json"):
+        assert (out / name).is_file(), name
+    for text in (result.stdout, result.stderr):
+        assert SECRET not in text
+    assert [path for path in out.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()] == []
+    hub.accounts.pop(SECRET)
+
+    command = re.search("`(hf upload [^`]*)`", message)[1]
+    folder = Path(sys.executable).parent
+    upload = run("bash", "-c", command, HF_HUB_OFFLINE="0", PATH=f"{folder}{os.pathsep}{os.environ['PATH']}")
+    assert upload.returncode == 0, upload.stderr
+    return "user/recipe"
+
+
+def test_a_push_that_failed_is_made_later_by_the_command_that_was_told(hub, workplace, pushed):
+    files = hub.files(pushed)
+    weights = (workplace / "pushed" / "adapter_model.safetensors").read_bytes()
+    assert files["adapter_model.safetensors"] == weights
+    assert not [name for name in files if name.startswith("checkpoint-")]
+    card = files["README.md"].decode()
+    assert "`data.jsonl` (a local path)" in card
+    assert "## Examples" in card
+
+
+def test_generate_takes_an_adapter_of_the_hub(pushed, fresh_home):
+    result = run(
+        *(sys.executable, "recipes/generate.py", "--adapter", pushed, "--prompts", "d e f", "--max_new_tokens", "4"),
+        **fresh_home,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "hypothesis 1" in result.stdout
+
+
+def test_generate_tells_what_is_wrong_with_an_adapter_of_the_hub(workplace):
+    get_peft_model(tiny_llama(), LoraConfig(r=2, task_type="CAUSAL_LM")).push_to_hub("user/recipe-lora")
+    for name, reason in (
+        ("user/recipe-lora", "type LORA, not MCLORA"),
+        ("user/recipe-none", "neither a folder here nor"),
+    ):
+        with pytest.raises(ValueError, match=f"'{name}' .*{reason}"):
+            generate.main(generate.GenerateArguments(adapter=name, prompts=["a"]))
