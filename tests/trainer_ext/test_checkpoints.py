@@ -166,12 +166,12 @@ def test_staged_files_appear_together_or_not_at_all(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["README.md", "adapter_model.safetensors"]
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == b"old"
     with staged(tmp_path) as staging:
-        assert (staging / "README.md").read_text() == "mine"
         (staging / "adapter_model.safetensors").write_bytes(b"new")
         (staging / "second").mkdir()
         (staging / "second" / "adapter_config.json").write_text("{}")
     assert sorted(os.listdir(tmp_path)) == ["README.md", "adapter_model.safetensors", "second"]
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == b"new"
+    assert (tmp_path / "README.md").read_text() == "mine"
     assert os.listdir(tmp_path / "second") == ["adapter_config.json"]
 
 
