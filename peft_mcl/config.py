@@ -19,6 +19,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from peft_mcl.card import replace_card_of_peft
+from peft_mcl.loading import refuse_pickle
 from peft_mcl.registration import PEFT_TYPE, add_peft_type
 
 
@@ -149,7 +150,7 @@ class MCLoraConfig(PeftConfig):
         Raises:
             ValueError: There is no such folder, repository, revision or file, or none that the token may read; it holds
                 another type of adapter; or the weight file beside a local configuration is truncated or no safetensors
-                file.
+                file or a pickle.
         """
         name = pretrained_model_name_or_path
         try:
@@ -163,6 +164,7 @@ class MCLoraConfig(PeftConfig):
                 f"{name!r} holds an adapter of type {getattr(config.peft_type, 'value', config.peft_type)}, not MCLORA. Load "
                 "it with `PeftModel.from_pretrained`, or make hypotheses of LoRA adapters with `from_lora_adapters`."
             )
+        refuse_pickle(str(name), subfolder, **kwargs)
         weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         if weights.is_file():
             check_safetensors(weights)

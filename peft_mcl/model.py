@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from peft_mcl import generation, routing
 from peft_mcl.card import hub_id
 from peft_mcl.config import MCLoraConfig
 from peft_mcl.layer import MCLoraLayer, adapt
+from peft_mcl.loading import check_tensors
 from peft_mcl.routing import Route, Routing, check_hypothesis
 from peft_mcl.sharing import RunOnce, modules_before_adapters, stop_running_once
 
@@ -184,7 +184,6 @@ class MCLoraModel(BaseTuner):
         self.routing = found[0] if found else Routing()
         if not found:
             self._attach(model)
-            self.register_load_state_dict_pre_hook(_explain_misfit)
         self._warn_of_another_base(model, config)
 
     def _warn_of_another_base(self, model: nn.Module, config: MCLoraConfig) -> None:
@@ -268,6 +267,15 @@ class MCLoraModel(BaseTuner):
         else:
             # A base layer that comes back is whole. PEFT would give it its `weight`, which layers of GPTQ and HQQ lack.
             setattr(parent, child_name, new_module)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MCLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """As in PEFT, which calls it before it loads an adapter's tensors; those of other models are refused."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_tensors(model, adapter_name, remapped, cls.prefix, config.base_model_name_or_path)
+        return remapped
 
     # ------------------------------------------------------------------------------------------------------------
     # Merging
@@ -382,33 +390,6 @@ def _check_merge_into_quantised(layers: list[MCLoraLayer], hypothesis: int) -> N
         )
 
 
-_WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
-
-
 def _has_adapters(module: nn.Module) -> bool:
     # A layer whose last adapter was deleted stays where it is, without any.
     return isinstance(module, MCLoraLayer) and bool(module.r)
-
-
-def _explain_misfit(
-    tuner: Any, state: dict[str, torch.Tensor], prefix: str, metadata: Any, strict: bool, *lists: list[str]
-) -> None:
-    """Hook before weights are loaded. PEFT drops weights without a place in the model; torch tells shapes, not reasons."""
-    errors, marker = lists[-1], f".{MCLoraModel.prefix}"
-    # Names without what layers are wrapped in: some wrappers keep themselves out of state dicts, some do not.
-    own, saved = (
-        {start + _WRAPPERS.sub("", name): tensor for name, tensor in tensors if marker in name}
-        for start, tensors in ((prefix, tuner.named_parameters()), ("", state.items()))
-    )
-    if not own:  # Flattened by FSDP, which checks what it loads.
-        return
-    layers = {name.partition(marker)[0] for name in own}
-    homeless = [name for name in saved if name.partition(marker)[0] not in layers]
-    if homeless:
-        errors.append(f"{len(homeless)} weights of the adapter have no place in the base model, such as {homeless[0]}.")
-    # A weight that is sharded over processes is empty here.
-    sizes = ((tensor, own[name]) for name, tensor in saved.items() if name in own)
-    if homeless or any(ours.numel() and ours.shape != theirs.shape for theirs, ours in sizes):
-        bases = {config.base_model_name_or_path for config in tuner.peft_config.values()} - {None, ""}
-        named = f", {' or '.join(map(repr, bases))}" if bases else ""
-        errors.append(f"The adapter does not fit the base model: load it on the one that it was made for{named}.")
