@@ -3,6 +3,7 @@
 # make test-long    more tests of the same kinds (resuming under ZeRO-1 and 2)
 # make lint         lint and types alone
 # make long-run     2,000 steps of a tiny model: memory, pace, win shares (2 minutes)
+# make faults       set up, then inject faults into real runs and rewrite docs/faults.md (2 CPU cores: about 25 minutes; as root)
 
 PYTHON ?= python3
 CORES := $(shell getconf _NPROCESSORS_ONLN)
@@ -13,7 +14,7 @@ RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 LAUNCH := $(RUN) $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(CORES)
 
-.PHONY: setup test lint quickstart test-long long-run clean
+.PHONY: setup test lint quickstart test-long long-run faults clean
 
 setup: .venv/.ready
 
@@ -55,6 +56,11 @@ quickstart: setup
 	$(RUN) $(BIN)/python recipes/generate.py --adapter $(OUT)/mcl --prompts_file "$$(cat .venv/data_dir)/test.jsonl" \
 		--max_prompts 6 --max_new_tokens 50 --repetition_penalty 1.1 --output $(OUT)/continuations.jsonl
 	@echo "Adapter: $(OUT)/mcl   figures: $(OUT)/evaluation.json   plot: $(OUT)/training.png"
+
+# DeepSpeed is no part of the other tests.
+faults: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[deepspeed]'
+	$(RUN) $(BIN)/python -m tests.faults
 
 clean:
 	rm -rf .venv outputs .pytest_cache .hypothesis .mypy_cache .ruff_cache

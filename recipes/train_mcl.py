@@ -64,6 +64,23 @@ def main(
     model_args: ModelConfig,
     hypothesis_args: HypothesisArguments,
 ) -> None:
+    try:
+        run(script_args, training_args, model_args, hypothesis_args)
+    except KeyboardInterrupt:
+        if training_args.process_index == 0:
+            print(
+                "\nInterrupted. Run the same command with `--resume_from_checkpoint True` to go on from the last whole "
+                f"checkpoint in {training_args.output_dir}, if there is one."
+            )
+        sys.exit(130)
+
+
+def run(
+    script_args: ScriptArguments,
+    training_args: MCLConfig,
+    model_args: ModelConfig,
+    hypothesis_args: HypothesisArguments,
+) -> None:
     # Parse -> build -> train -> save.
     train_dataset, eval_dataset = load_data(script_args, training_args, hypothesis_args)
     model_init_kwargs = {
@@ -85,15 +102,7 @@ def main(
     trainer = MCLTrainer(args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset, **model)
     # Kept for all cards, also those of checkpoints.
     trainer.create_model_card(dataset_name=script_args.dataset_name)
-    try:
-        trainer.train(resume_from_checkpoint=resume_argument(training_args.resume_from_checkpoint))
-    except KeyboardInterrupt:
-        trainer.accelerator.print(
-            f"\nInterrupted at step {trainer.state.global_step}. Run the same command with `--resume_from_checkpoint True` to "
-            f"go on from the last checkpoint in {training_args.output_dir}."
-        )
-        sys.exit(130)
-
+    trainer.train(resume_from_checkpoint=resume_argument(training_args.resume_from_checkpoint))
     trainer.save_model(training_args.output_dir)
     trainer.save_state()
     trainer.accelerator.print(f"The adapter is in {training_args.output_dir}.")
@@ -109,7 +118,8 @@ def main(
         except PushFailed as error:
             # By now everything is on disk.
             failure = str(error)
-    # Finish the trackers and leave the process group.
+    # Finish the trackers and leave the process group, together: a process that is left behind can abort another.
+    trainer.accelerator.wait_for_everyone()
     trainer.end()
     if failure:
         sys.exit(failure)
@@ -181,6 +191,8 @@ def load_data(
 def load_file(path: str, streaming: bool) -> Any:
     if not os.path.isfile(path):
         raise ValueError(f"There is no file {path!r}. Check the path, or name a data set on the Hub.")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"The file {path!r} is empty: there is nothing to learn from or to evaluate on.")
     return load_dataset(FILE_FORMATS[Path(path).suffix], data_files=path, split="train", streaming=streaming)
 
 

@@ -44,20 +44,24 @@ def whole_or_nothing(checkpoint: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # torch tells a full disk by a RuntimeError of its file writer.
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+    except Exception as error:
+        if not _is_of_writing(error):
             raise
         shutil.rmtree(checkpoint, ignore_errors=True)
         raise OSError(
-            f"The checkpoint {str(checkpoint)!r} could not be written ({error}); what there was of it is removed. Earlier "
-            "checkpoints are whole: make room or permit writing, and go on with `resume_from_checkpoint=True`."
+            f"The checkpoint {str(checkpoint)!r} could not be written ({_reason(error, checkpoint.parent)}); what there was of "
+            "it is removed. Earlier checkpoints are whole: make room or permit writing, and go on with "
+            "`resume_from_checkpoint=True`."
         ) from error
 
 
 @contextmanager
 def staged(directory: Path) -> Iterator[Path]:
-    """A folder to write to, whose files replace those of `directory` once all of them are written, and not if that fails."""
+    """A folder to write to, whose files replace those of `directory` once all of them are written, and not if that fails.
+
+    Raises:
+        OSError: The files could not be written; the message names `directory`.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=directory, prefix=".saving-"))
     try:
@@ -65,6 +69,13 @@ def staged(directory: Path) -> Iterator[Path]:
         for name in _files(staging, ()):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / name, directory / name)
+    except Exception as error:
+        if not _is_of_writing(error):
+            raise
+        raise OSError(
+            f"The files of {str(directory)!r} could not be written ({_reason(error, directory)}); those that were there are as "
+            "they were. Make room or permit writing, and save again."
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -137,6 +148,17 @@ def check_checkpoint(checkpoint: Path) -> None:
 def processes_of(checkpoint: Path) -> int:
     """The number of processes that wrote a whole checkpoint."""
     return json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))["num_processes"]
+
+
+def _is_of_writing(error: Exception) -> bool:
+    # torch tells a full disk by a RuntimeError of its file writer.
+    writer = ("PytorchStreamWriter", "inline_container", "iostream")
+    return isinstance(error, (OSError, SafetensorError)) or any(name in str(error) for name in writer)
+
+
+def _reason(error: Exception, directory: Path) -> str:
+    megabytes = shutil.disk_usage(directory).free / (1 << 20)
+    return f"{error.__cause__ or error}; {megabytes:.2f} MB are free there"
 
 
 def _numbered(output_dir: Path) -> Iterator[tuple[int, Path]]:

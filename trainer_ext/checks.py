@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import tempfile
@@ -50,18 +51,30 @@ def check_trainable(model: Any) -> None:
 
 def check_finite(model: Any) -> None:
     """Raise a ValueError that names the first trainable parameter with a NaN or an infinity."""
-    broken = [
-        name
-        for name, parameter in model.named_parameters()
-        # Of sharded weights each process sees its part.
-        if parameter.requires_grad and not torch.isfinite(getattr(parameter, "_local_tensor", parameter)).all()
-    ]
+    broken = not_finite(model, trainable=True)
     if broken:
         raise ValueError(
             f"`model` has NaN or infinite weights in {len(broken)} of its trainable parameters, the first of which is "
             f"{broken[0]!r}: nothing can be learned from them, and nothing is saved. Load an earlier checkpoint; if training "
             "made them, lower `learning_rate`, set `max_grad_norm`, or use bf16 in place of fp16."
         )
+
+
+def not_finite(model: Any, trainable: bool) -> list[str]:
+    """The names of the parameters, those that are trained or the others, in which this process finds a NaN or an infinity."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad == trainable and not torch.isfinite(_own_part(parameter)).all()
+    ]
+
+
+def _own_part(parameter: Any) -> torch.Tensor:
+    """The values of a parameter that this process holds: of sharded weights (FSDP2, ZeRO-3) its part."""
+    for name in ("_local_tensor", "ds_tensor"):
+        if hasattr(parameter, name):
+            return getattr(parameter, name)
+    return parameter
 
 
 def check_output_dir(output_dir: str | None) -> None:
@@ -188,6 +201,57 @@ def check_mixed_precision(args: Any) -> None:
             f"Mixed precision in float16 (`fp16={args.fp16}`, or `--mixed_precision fp16` of accelerate) needs an accelerator, "
             "and this run is on the CPU. Set `bf16=True`, or `fp16=False` for float32."
         )
+
+
+def wants_deepspeed(deepspeed: Any) -> bool:
+    """Whether DeepSpeed was asked for, by `accelerate launch` or by the argument `deepspeed`."""
+    return bool(deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def check_deepspeed(deepspeed: Any) -> None:
+    """Raise an ImportError if DeepSpeed was asked for and is not installed."""
+    if wants_deepspeed(deepspeed) and importlib.util.find_spec("deepspeed") is None:
+        raise ImportError("DeepSpeed was asked for, but it is not installed: pip install 'peft-mcl[deepspeed]'")
+
+
+def check_compiler(args: Any) -> None:
+    """Build now what DeepSpeed would build once the model is loaded; a RuntimeError if that fails.
+
+    DeepSpeed compiles its communication between processes on CPUs, and its optimizers for states that are offloaded to the CPU.
+    What was built before is found again, and needs no compiler. (A `FusedAdam` on GPUs, which only DeepSpeed's own
+    configuration can ask for, is not looked at.)
+    """
+    if not wants_deepspeed(args.deepspeed):
+        return
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops import __compatible_ops__ as compatible
+
+    names = []
+    config = args.deepspeed_plugin.deepspeed_config
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if offload != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+        other = next((kind for kind in ("Adagrad", "Lion") if kind.lower() in str(args.optim)), "Adam")
+        names.append(f"CPU{other}Builder")
+    if get_accelerator().device_name() == "cpu":
+        names.append("ShareMemCommBuilder")
+    for name in names:
+        builder = get_accelerator().create_op_builder(name)
+        if builder is None or not compatible.get(builder.NAME, False):
+            continue
+        try:
+            builder.load(verbose=False)
+        except (RuntimeError, OSError, ImportError) as error:
+            raise RuntimeError(
+                f"DeepSpeed has to build its extension {builder.NAME!r} on this machine, and that failed: {_cause(error)} "
+                "It needs a C++ compiler and ninja: `apt-get install g++` (or set CXX) and `pip install ninja`, both on the PATH."
+            ) from error
+
+
+def _cause(error: Exception) -> str:
+    """The line that tells most in the long message of a failed build."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "not found" in line or "error:" in line.lower()]
+    return f"{(telling or lines or [type(error).__name__])[-1][:300]!r}."
 
 
 def check_parallelism(accelerator: Any) -> None:

@@ -129,6 +129,7 @@ class MCLTrainer(HubTrainer):
     ) -> None:
         args = _as_mcl_config(args, model)
         checks.check_launch(args.world_size, args.n_gpu)
+        checks.check_compiler(args)
         checks.check_model(model, peft_config)
         if compute_loss_func is not None:
             raise ValueError(
@@ -487,10 +488,15 @@ class MCLTrainer(HubTrainer):
         if not broken:
             return
         checks.check_finite(self.model)
+        frozen = checks.not_finite(self.model, trainable=False)
+        cause = (
+            f"The base model has NaN or infinite weights, the first of them in {frozen[0]!r}: load it again from its source"
+            if frozen
+            else "All weights are finite, so activations overflow: use bf16 or float32 in place of fp16, or lower `learning_rate`"
+        )
         raise FloatingPointError(
             f"Hypothesis {', '.join(map(str, broken))} gave no sequence of step {self.state.global_step} a finite score, so it "
-            "cannot compete any more, though all trained weights are finite. The base model has weights that are not, or its "
-            "activations overflow: use bf16 or float32 in place of fp16, or lower `learning_rate`."
+            f"cannot compete any more. {cause}. Nothing is saved."
         )
 
     def _report_broken(self, scores: torch.Tensor) -> None:
@@ -690,6 +696,13 @@ class MCLTrainer(HubTrainer):
             resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint)
         self._forget_earlier_runs()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """As Trainer, which trains one step too many if a run is resumed that has done them all."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
 
     def _choose_checkpoint(self, wanted: str | bool) -> str:
         """The checkpoint to resume from, which the first process chooses for all."""

@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
+from tests.tiny import tiny_llama
 from tests.trainer_ext.reference import logged, trainer_for
 from trainer_ext import checkpoints
 from trainer_ext.checkpoints import (
@@ -125,13 +127,16 @@ def test_discard_takes_the_manifest_first(tmp_path, monkeypatch):
     discard(checkpoint)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        RuntimeError("[enforce fail] . PytorchStreamWriter failed writing"),
-    ],
-)
+# How a full disk is told by safetensors, torch and the system; the texts of torch are those of its two writers.
+FULL = [
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+    RuntimeError("basic_ios::clear: iostream error"),
+    OSError(28, "No space left on device"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: str(error)[:20])
 def test_what_could_not_be_written_is_removed_and_named(tmp_path, error):
     half, earlier = tmp_path / "checkpoint-5", write(tmp_path, 3)
 
@@ -141,7 +146,7 @@ def test_what_could_not_be_written_is_removed_and_named(tmp_path, error):
             (half / "optimizer.pt").write_bytes(b"0")
             raise error
 
-    with pytest.raises(OSError, match=r"checkpoint-5.*Earlier checkpoints are whole"):
+    with pytest.raises(OSError, match=r"checkpoint-5.* MB are free there.*Earlier checkpoints are whole"):
         fail()
     assert not half.exists()
     assert find_damage(earlier) is None
@@ -152,16 +157,17 @@ def test_other_errors_pass(tmp_path):
         raise RuntimeError("something else")
 
 
-def test_staged_files_appear_together_or_not_at_all(tmp_path):
+@pytest.mark.parametrize("error", [*FULL, KeyboardInterrupt()], ids=lambda error: str(error)[:20])
+def test_staged_files_appear_together_or_not_at_all(tmp_path, error):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"old")
     (tmp_path / "README.md").write_text("mine")
 
     def fail():
         with staged(tmp_path) as staging:
             (staging / "adapter_model.safetensors").write_bytes(b"ne")
-            raise OSError("full")
+            raise error
 
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OSError):
         fail()
     assert sorted(os.listdir(tmp_path)) == ["README.md", "adapter_model.safetensors"]
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == b"old"
@@ -244,3 +250,26 @@ def test_another_number_of_processes(tmp_path, caplog, kind, refused):
     else:
         check_same_processes(tmp_path, 2, Accelerator)
         assert "was written by 2 processes, and 3 are running" in caplog.text
+
+
+def test_a_finished_run_that_is_resumed_trains_nothing(tmp_path):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    trainer_for(tmp_path, **options).train()
+    resumed = trainer_for(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3
+    assert [log["step"] for log in resumed.state.log_history if "loss" in log] == [1, 2, 3]
+    # But further than that it goes.
+    longer = trainer_for(tmp_path, **{**options, "max_steps": 4})
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 4
+
+
+def test_weights_of_the_base_that_are_not_finite_are_named(tmp_path):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    trainer = trainer_for(tmp_path, model=model, save_strategy="steps", save_steps=1)
+    with pytest.raises(FloatingPointError, match=r"step 0 .*base model has NaN .*layers.1.mlp.up_proj"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
