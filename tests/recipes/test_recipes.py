@@ -288,6 +288,13 @@ def test_a_missing_data_set_is_named(tmp_path, dataset, message):
         train_mcl.load_data(script_args, training_arguments(tmp_path), train_mcl.HypothesisArguments())
 
 
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    script_args = ScriptArguments(dataset_name=str(tmp_path / "empty.jsonl"))
+    with pytest.raises(ValueError, match=r"empty.jsonl' is empty"):
+        train_mcl.load_data(script_args, training_arguments(tmp_path), train_mcl.HypothesisArguments())
+
+
 def test_a_missing_split_is_named_with_those_there_are(workplace, tmp_path):
     script_args = ScriptArguments(dataset_name=str(workplace / "data.jsonl"), dataset_train_split="trian")
     with pytest.raises(ValueError, match=r"no split 'trian', only \['train'\]"):

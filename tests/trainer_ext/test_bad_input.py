@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -568,3 +569,54 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path):
         json.loads((tmp_path / "cut" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["global_step"]
         == STEPS
     )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What DeepSpeed needs
+
+
+def test_deepspeed_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'peft-mcl\[deepspeed\]'"):
+        settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, ["ShareMemCommBuilder"]),
+        ({"offload_optimizer": {"device": "cpu"}}, ["CPUAdamBuilder", "ShareMemCommBuilder"]),
+        ({"offload_optimizer": {"device": "none"}}, ["ShareMemCommBuilder"]),
+    ],
+    ids=["nothing", "offloaded", "not offloaded"],
+)
+def test_what_deepspeed_has_to_build_is_built_or_named(monkeypatch, config, expected):
+    accelerator = pytest.importorskip("deepspeed.accelerator")
+    asked, error = [], None
+
+    class Builder:
+        NAME = "extension"
+
+        def load(self, verbose):
+            if error is not None:
+                raise error
+
+    class Device:
+        device_name = staticmethod(lambda: "cpu")
+
+        @staticmethod
+        def create_op_builder(name):
+            asked.append(name)
+            return Builder()
+
+    monkeypatch.setattr(accelerator, "get_accelerator", Device)
+    monkeypatch.setattr("deepspeed.ops.__compatible_ops__", {"extension": True}, raising=False)
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": config})
+    args = SimpleNamespace(deepspeed=True, deepspeed_plugin=plugin, optim="adamw_torch")
+    checks.check_compiler(args)
+    assert asked == expected
+    error = RuntimeError("Error building extension: [1/2] c++ -O2\n/bin/sh: 1: c++: not found\nninja: build stopped")
+    with pytest.raises(RuntimeError, match=r"'extension'.*c\+\+: not found.*apt-get install g\+\+"):
+        checks.check_compiler(args)
+    checks.check_compiler(SimpleNamespace(deepspeed=None))
