@@ -496,7 +496,7 @@ class MCLTrainer(HubTrainer):
         )
         raise FloatingPointError(
             f"Hypothesis {', '.join(map(str, broken))} gave no sequence of step {self.state.global_step} a finite score, so it "
-            f"cannot compete any more. {cause}. Nothing is saved."
+            f"cannot compete any more. {cause}. Nothing more is saved."
         )
 
     def _report_broken(self, scores: torch.Tensor) -> None:
