@@ -409,6 +409,21 @@ def _(lab: Lab) -> str:
 
 
 @fault(
+    "Killed build of DeepSpeed (ZeRO-2)",
+    "the lock of an hour ago, as a kill in the middle of a build leaves it in TORCH_EXTENSIONS_DIR",
+    "error that names the lock, no hang",
+)
+def _(lab: Lab) -> str:
+    extensions = lab.new("extensions")
+    lock = extensions / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (time.time() - 3600,) * 2)
+    run = lab.start("ZeRO-2", lab.new(), env={"TORCH_EXTENSIONS_DIR": str(extensions)}, base=lab.folder / "nothing")
+    return fails(run, str(lock), "Remove the file")
+
+
+@fault(
     "DeepSpeed is not installed",
     "an environment with all packages but this one; ACCELERATE_USE_DEEPSPEED=true",
     "error that names the package, before the model is loaded",

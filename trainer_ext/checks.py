@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,7 @@ def check_compiler(args: Any) -> None:
         builder = get_accelerator().create_op_builder(name)
         if builder is None or not compatible.get(builder.NAME, False):
             continue
+        _refuse_forgotten_lock(builder.name)
         try:
             builder.load(verbose=False)
         except (RuntimeError, OSError, ImportError) as error:
@@ -245,6 +247,22 @@ def check_compiler(args: Any) -> None:
                 f"DeepSpeed has to build its extension {builder.NAME!r} on this machine, and that failed: {_cause(error)} "
                 "It needs a C++ compiler and ninja: `apt-get install g++` (or set CXX) and `pip install ninja`, both on the PATH."
             ) from error
+
+
+def _refuse_forgotten_lock(extension: str, minutes: float = 15) -> None:
+    """Raise a RuntimeError if a build that was killed left its lock, on which PyTorch would wait for ever without a word."""
+    # Imports setuptools, which takes its time.
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in root.glob(f"**/{extension}/lock"):
+        age = (time.time() - lock.stat().st_mtime) / 60
+        if age > minutes:
+            raise RuntimeError(
+                f"The lock {str(lock)!r} of a build of DeepSpeed is {age:.0f} minutes old: that build was killed, and all later "
+                "ones would wait for it. Remove the file if no other process is compiling."
+            )
+        logger.warning("Waiting for another process that builds %s; if there is none, remove %s.", extension, lock)
 
 
 def _cause(error: Exception) -> str:

@@ -591,12 +591,12 @@ def test_deepspeed_that_is_not_installed_is_named(tmp_path, monkeypatch):
     ],
     ids=["nothing", "offloaded", "not offloaded"],
 )
-def test_what_deepspeed_has_to_build_is_built_or_named(monkeypatch, config, expected):
+def test_what_deepspeed_has_to_build_is_built_or_named(tmp_path, monkeypatch, config, expected):
     accelerator = pytest.importorskip("deepspeed.accelerator")
     asked, error = [], None
 
     class Builder:
-        NAME = "extension"
+        NAME = name = "extension"
 
         def load(self, verbose):
             if error is not None:
@@ -620,3 +620,12 @@ def test_what_deepspeed_has_to_build_is_built_or_named(monkeypatch, config, expe
     with pytest.raises(RuntimeError, match=r"'extension'.*c\+\+: not found.*apt-get install g\+\+"):
         checks.check_compiler(args)
     checks.check_compiler(SimpleNamespace(deepspeed=None))
+    error = None
+    lock = tmp_path / "py" / "extension" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    checks.check_compiler(args)
+    os.utime(lock, (0, 0))
+    with pytest.raises(RuntimeError, match=r"extension/lock' of a build .* minutes old.*Remove the file"):
+        checks.check_compiler(args)
