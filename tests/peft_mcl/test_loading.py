@@ -42,8 +42,14 @@ def test_tensors_are_those_of_the_adapter(saved, way):
     broken[1, 0, 0] = float("nan")
     for damaged, message in (
         ({key: value for key, value in tensors.items() if key != first}, r"lacks 1 of 28 tensors \(\S*q_proj.mclora_B"),
-        ({**tensors, "base_model.model.no.such.mclora_A": torch.zeros(1)}, r"have no place in the model \(no.such.mclora_A\)"),
-        ({**tensors, first: tensors[first][:2]}, r"1 of its tensors have other shapes \(\S*q_proj.mclora_B\S* is \(2, 16, 4\)"),
+        (
+            {**tensors, "base_model.model.no.such.mclora_A": torch.zeros(1)},
+            r"have no place in the model \(no.such.mclora_A\)",
+        ),
+        (
+            {**tensors, first: tensors[first][:2]},
+            r"1 of its tensors have other shapes \(\S*q_proj.mclora_B\S* is \(2, 16, 4\)",
+        ),
         (
             {**tensors, first: broken},
             r"NaN or infinite weights in hypothesis 1 of \S*layers.0.self_attn.q_proj.mclora_B",
