@@ -640,8 +640,8 @@ What happens when things go wrong, as `make faults` saw it. Each fault is a real
 `recipes/train_mcl.py` (or `recipes/generate.py`) on a tiny model, with 6 steps, a checkpoint and an evaluation after every 2, and
 dropout. “Same curve”: the resumed run logged in all steps what an uninterrupted one did (loss, gradient norm, likelihoods,
 temperature, win share, evaluation; to 1e-5), and saved the same adapter. Times are from the fault, or else from the start of
-the command, to the end of all processes. A part of the faults can be run alone and
-rewrites its own lines; the commit is that of the last run.
+the command, to the end of all processes. A part of the faults can be run alone, and rewrites its own lines; the commit is that
+of the last run.
 
 {machine()}. {len(lines)} faults, {bad or "none"} not as expected.
 
