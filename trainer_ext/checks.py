@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
+from safetensors import safe_open
 
 from peft_mcl import MCLoraConfig
 
@@ -76,6 +77,26 @@ def _own_part(parameter: Any) -> torch.Tensor:
         if hasattr(parameter, name):
             return getattr(parameter, name)
     return parameter
+
+
+def check_saved_adapter(file: Path, model: Any) -> None:
+    """Raise a RuntimeError if an adapter file lacks tensors of the active adapter: PEFT leaves out those of wrapped layers.
+
+    Args:
+        file (`Path`): What was just saved. If it is not there, the weights were saved in shards.
+        model ([`~peft.PeftModel`]): The trained model.
+    """
+    if not file.is_file():
+        return
+    ending = f".{model.active_adapter}"
+    wanted = sum(".mclora_" in name and name.endswith(ending) for name, _ in model.named_parameters())
+    with safe_open(str(file), framework="pt") as saved:
+        found = sum(".mclora_" in name for name in saved.keys())
+    if found < wanted:
+        raise RuntimeError(
+            f"PEFT has saved only {found} of {wanted} tensors of the adapter, so it was not put in place. It leaves out layers in "
+            "torch's checkpoint wrapper (`fsdp_activation_checkpointing`): use `gradient_checkpointing=True` in its place."
+        )
 
 
 def check_output_dir(output_dir: str | None) -> None:

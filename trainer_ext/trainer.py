@@ -628,6 +628,7 @@ class MCLTrainer(HubTrainer):
         directory = Path(str(output_dir or self.args.output_dir))
         with checkpoints.staged(directory) as staging:
             super()._save(str(staging), state_dict)
+            checks.check_saved_adapter(staging / self._adapter_folder / SAFETENSORS_WEIGHTS_NAME, self.model)
             # PEFT's card. It must not replace one that is there, which may be a user's.
             (staging / CARD_NAME).unlink(missing_ok=True)
         self.write_card(directory)
@@ -649,9 +650,7 @@ class MCLTrainer(HubTrainer):
         """Write the hypotheses of the saved adapter into `folder`, if the user wants them."""
         if not self.args.save_hypotheses or not self.args.should_save:
             return
-        # PEFT saves an adapter of any other name in a directory of that name.
-        name = self.model.active_adapter
-        name = "" if name == "default" else name
+        name = self._adapter_folder
         if not (saved / name / SAFETENSORS_WEIGHTS_NAME).is_file():
             logger.warning(
                 "`save_hypotheses`: there is no adapter in %s, because this run saves its weights in shards (FSDP with "
@@ -663,6 +662,12 @@ class MCLTrainer(HubTrainer):
         export_hypotheses(saved / name, folder / name)
         # Which tells how to use them.
         self.write_card(folder)
+
+    @property
+    def _adapter_folder(self) -> str:
+        """Where PEFT saves the adapter, below the directory it is given."""
+        name = self.model.active_adapter
+        return "" if name == "default" else name
 
     def _save_rng_state(self, output_dir: str) -> None:
         # With the rest of what resuming needs.

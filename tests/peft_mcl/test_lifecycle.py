@@ -20,7 +20,6 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from peft_mcl import MCLoraConfig
 from tests.peft_mcl.reference import (
@@ -195,9 +194,7 @@ def test_adapter_of_another_base(tmp_path, low_cpu_mem_usage):
 def test_wrapped_layers_are_not_taken_for_another_base():
     model = adapt(tiny_llama())
     layers = model.base_model.model.model.layers
-    layers[0], layers[1] = checkpoint_wrapper(layers[0]), torch.compile(layers[1], backend="eager")
-    assert "layers.0._checkpoint_wrapped_module" in str([name for name, _ in model.named_parameters()])
-    # `torch.compile` keeps its wrapper in the names of a state dict; checkpointing does not.
+    layers[1] = torch.compile(layers[1], backend="eager")
     state = {name: tensor + 1 for name, tensor in get_peft_model_state_dict(model).items()}
     assert any("layers.1._orig_mod" in name for name in state)
     set_peft_model_state_dict(model, state)

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ParallelismConfig
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import TrainerCallback
 from trl import TrlParser
 
@@ -242,6 +243,19 @@ def test_weights_that_stop_being_finite_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match=says("NaN or infinite", "1 of its", "nothing is saved")):
         trainer.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_an_adapter_of_which_peft_leaves_out_layers_is_not_saved(tmp_path):
+    trainer = trainer_for(tmp_path)
+    trainer.save_model()
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    layers = trainer.model.get_base_model().model.layers
+    layers[0] = checkpoint_wrapper(layers[0])
+    with pytest.raises(
+        RuntimeError, match=says("only 14 of 28 tensors", "checkpoint wrapper", "gradient_checkpointing")
+    ):
+        trainer.save_model()
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_a_hypothesis_that_broke_is_an_error_in_the_next_step(tmp_path):
