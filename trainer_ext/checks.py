@@ -91,7 +91,8 @@ def check_saved_adapter(file: Path, model: Any) -> None:
     ending = f".{model.active_adapter}"
     wanted = sum(".mclora_" in name and name.endswith(ending) for name, _ in model.named_parameters())
     with safe_open(str(file), framework="pt") as saved:
-        found = sum(".mclora_" in name for name in saved.keys())
+        names = saved.keys()
+    found = sum(".mclora_" in name for name in names)
     if found < wanted:
         raise RuntimeError(
             f"PEFT has saved only {found} of {wanted} tensors of the adapter, so it was not put in place. It leaves out layers in "
