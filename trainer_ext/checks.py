@@ -310,6 +310,29 @@ def check_parallelism(accelerator: Any) -> None:
         )
 
 
+def check_trained_head(model: Any, accelerator: Any) -> None:
+    """Raise a ValueError if FSDP would leave the gradient of the LM head in parts.
+
+    TRL's fused head reads the weight of the head outside of the modules that FSDP watches, so each process would go on with
+    the gradient of its own rows.
+    """
+    head = model.get_base_model().get_output_embeddings()
+    if accelerator.distributed_type == "FSDP" and any(parameter.requires_grad for parameter in head.parameters()):
+        raise ValueError(
+            "The LM head cannot be trained under FSDP: its gradients would not be added up over the processes. Leave it out of "
+            "`modules_to_save` (and the input embeddings, if they are tied to it), or launch with DDP or DeepSpeed."
+        )
+
+
+def check_first_training(trainer: Any) -> None:
+    """Raise a RuntimeError if DeepSpeed has an engine for the model already, which cannot train (again)."""
+    if trainer.is_deepspeed_enabled and trainer.model_wrapped is not trainer.model:
+        raise RuntimeError(
+            "Under DeepSpeed a trainer can train once, and not after it has evaluated: its engine cannot be made anew. Make a "
+            "new trainer, with a new model."
+        )
+
+
 def packs_evaluation(args: Any) -> bool:
     """Whether sequences are packed for evaluation, by TRL's rule."""
     return bool(args.packing if args.eval_packing is None else args.eval_packing)

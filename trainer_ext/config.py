@@ -47,7 +47,7 @@ class MCLConfig(SFTConfig):
             `score_every`-th; in between the remembered winner is trained. Only while the weights follow from the winners
             alone (`"wta"`, `"relaxed"`, the end of `"annealed"`).
         score_prefix (`int`, *optional*): Score on at most this many supervised tokens of each sequence, in training; so are
-            the metrics. Where all rows carry weight and none is scored first, all tokens count.
+            the metrics. `"relaxed"`, which trains all rows and need not score them first, scores all tokens.
         no_win_warning_steps (`int`): Warn about a hypothesis that has won no sequence for this many optimizer steps; 0 for
             never.
         save_hypotheses (`bool`): Whenever the model is saved or pushed, put each hypothesis beside it as an ordinary LoRA

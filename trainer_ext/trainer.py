@@ -161,6 +161,7 @@ class MCLTrainer(HubTrainer):
         )
         checks.check_sharding(self.accelerator)
         checks.check_parallelism(self.accelerator)
+        checks.check_trained_head(self.model, self.accelerator)
         if self.eval_dataset is not None:
             checks.check_packed_evaluation(self.args, self.padding_free, self.accelerator.num_processes)
         for name, dataset in {"train_dataset": self.train_dataset, **_named_datasets(self.eval_dataset)}.items():
@@ -370,6 +371,9 @@ class MCLTrainer(HubTrainer):
         if self.args.objective == "relaxed":
             loser = self.args.relaxed_epsilon / (self._num_hypotheses - 1)
             return 0.0 < loser >= self.args.min_weight and self.args.relaxed_epsilon < 1.0
+        # Scores of prefixes and of whole sequences are not the same, and the share depends on the batches.
+        if self.args.score_prefix is not None:
+            return False
         return self._annealing_temperature() is not None and self._weighted_share > 2 / 3
 
     def _assign(
@@ -405,6 +409,8 @@ class MCLTrainer(HubTrainer):
         here, so a step is the one that a single process makes. Not in packed rows of several sequences each, nor where the
         length of the data set is unknown.
         """
+        if self._remembered is not None:
+            self._remembered.end_step()
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         processes = self.accelerator.num_processes
         if processes == 1 or not batches or self.args.packing or not has_length(self.train_dataset):
@@ -599,9 +605,10 @@ class MCLTrainer(HubTrainer):
         """As Trainer; a checkpoint is whole once its manifest is there, and older ones are removed only then."""
         checks.check_finite(self.model)
         checkpoint = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        with self.accelerator.local_main_process_first():
-            if self.args.should_save:
-                checkpoints.discard(checkpoint)
+        if self.args.should_save:
+            checkpoints.discard(checkpoint)
+        # On several machines, too, nothing is written before.
+        self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with checkpoints.whole_or_nothing(checkpoint):
@@ -697,9 +704,11 @@ class MCLTrainer(HubTrainer):
         """
         checks.check_trainable(self.model)
         checks.check_finite(self.model)
+        checks.check_first_training(self)
         if resume_from_checkpoint:
             resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint)
         self._forget_earlier_runs()
+        self._forget_evaluation()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _run_epoch(self, **kwargs: Any) -> None:
@@ -708,6 +717,18 @@ class MCLTrainer(HubTrainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)
+
+    def _forget_evaluation(self) -> None:
+        """Let the model be wrapped for training, though it was evaluated before.
+
+        accelerate marks a model that it has prepared, and returns it as it is from then on. For an evaluation it does not wrap
+        it in DDP, so each process would train on its own.
+        """
+        prepared = self.model_wrapped is self.model and getattr(self.model, "_is_accelerate_prepared", False)
+        if prepared and self.accelerator.num_processes > 1:
+            # Without the autocast of the evaluation: that of training comes on top.
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model._is_accelerate_prepared = False
 
     def _choose_checkpoint(self, wanted: str | bool) -> str:
         """The checkpoint to resume from, which the first process chooses for all."""

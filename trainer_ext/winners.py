@@ -16,6 +16,9 @@ WINNERS_NAME = "winners.safetensors"
 class RememberedWinners:
     """The winner of each sequence seen so far, and how often it has been trained on since it was scored.
 
+    What is visited is remembered from the end of the optimizer step on. So sequences of the same content in one step are all
+    scored or all not, however the step is divided into micro-batches.
+
     Args:
         score_every (`int`): A sequence is scored at its first visit and then at every `score_every`-th.
     """
@@ -23,6 +26,7 @@ class RememberedWinners:
     def __init__(self, score_every: int) -> None:
         self.score_every = score_every
         self._known: dict[int, tuple[int, int]] = {}
+        self._visits: list[tuple[int, int | None]] = []
         self._rescored = 0
         self._flipped = 0
 
@@ -35,24 +39,35 @@ class RememberedWinners:
         return winner if visits < self.score_every else None
 
     def visit(self, key: int, scored_winner: int | None) -> None:
-        """Count a visit of a sequence, with its new winner if it was scored."""
-        if scored_winner is None:
-            winner, visits = self._known[key]
-            self._known[key] = (winner, visits + 1)
-            return
-        if key in self._known:
-            self._rescored += 1
-            self._flipped += self._known[key][0] != scored_winner
-        self._known[key] = (scored_winner, 1)
+        """Note a visit of a sequence in the running step, with its new winner if it was scored."""
+        self._visits.append((key, scored_winner))
+
+    def end_step(self) -> None:
+        """Remember the visits of the step that is over."""
+        for key, scored_winner in self._visits:
+            if scored_winner is None:
+                winner, visits = self._known[key]
+                self._known[key] = (winner, visits + 1)
+                continue
+            if key in self._known:
+                self._rescored += 1
+                self._flipped += self._known[key][0] != scored_winner
+            self._known[key] = (scored_winner, 1)
+        self._visits.clear()
 
     def flips(self) -> float | None:
-        """The part of the sequences scored again since the last call whose winner had changed; None if there were none."""
+        """The part of the sequences scored again since the last call whose winner had changed; None if there were none.
+
+        Between steps, as `save`.
+        """
+        self.end_step()
         share = self._flipped / self._rescored if self._rescored else None
         self._rescored = self._flipped = 0
         return share
 
     def save(self, directory: str | Path) -> None:
         """Write `winners.safetensors`, whole or not at all."""
+        self.end_step()
         path = Path(directory, WINNERS_NAME)
         values = list(self._known.values())
         tensors = {

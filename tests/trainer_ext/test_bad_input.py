@@ -223,6 +223,29 @@ def test_sharding_that_does_not_happen_is_refused(monkeypatch, tmp_path, kind):
     checks.check_sharding(accelerator)
 
 
+def test_a_trained_head_is_refused_under_fsdp(tmp_path, monkeypatch):
+    for modules, refused in ((["lm_head"], True), (["norm"], False)):
+        trainer = trainer_for(tmp_path, peft_config=hypotheses(modules_to_save=modules))
+        checks.check_trained_head(trainer.model, trainer.accelerator)
+        with monkeypatch.context() as patch:
+            patch.setitem(trainer.accelerator.state.__dict__, "distributed_type", DistributedType.FSDP)
+            if refused:
+                with pytest.raises(ValueError, match=says("LM head", "modules_to_save", "DeepSpeed")):
+                    checks.check_trained_head(trainer.model, trainer.accelerator)
+            else:
+                checks.check_trained_head(trainer.model, trainer.accelerator)
+
+
+def test_a_second_training_is_refused_under_deepspeed(tmp_path, monkeypatch):
+    trainer = trainer_for(tmp_path)
+    trainer.train()
+    trainer.train()
+    trainer.is_deepspeed_enabled = True
+    trainer.model_wrapped = torch.nn.Identity()
+    with pytest.raises(RuntimeError, match=says("DeepSpeed", "train once", "new trainer")):
+        trainer.train()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_named_before_training(tmp_path, value):
     trainer = trainer_for(tmp_path, save_strategy="steps", save_steps=1)

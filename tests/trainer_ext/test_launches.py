@@ -8,7 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.trainer_ext.launched_run import CASES, GLOBAL_BATCH, OBJECTIVES, QUANTISED, run, save_base
+from tests.trainer_ext.launched_run import (
+    CASES,
+    EVALUATED,
+    GLOBAL_BATCH,
+    OBJECTIVES,
+    QUANTISED,
+    run,
+    save_base,
+)
 from tests.trainer_ext.launching import deepspeed, finish, needs_compiler, torchrun
 
 
@@ -19,7 +27,7 @@ SHARD_ALL = {"stage3_param_persistence_threshold": 0}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 # The kind of launch, DeepSpeed's `zero_optimization`, and the cases.
 LAUNCHES: dict[str, tuple[dict | None, list[str]]] = {
-    "ddp": (None, [*CASES, QUANTISED]),
+    "ddp": (None, [*CASES, QUANTISED, EVALUATED]),
     "fsdp2": (None, [*CASES]),
     "zero1": ({"stage": 1}, [*OBJECTIVES]),
     "zero2": ({"stage": 2}, [*CASES, QUANTISED]),
@@ -53,7 +61,7 @@ def alone(tmp_path_factory):
     """What one process with eight rows saw, by case."""
     root = tmp_path_factory.mktemp("alone")
     save_base(root)
-    return {case: run(case, root, per_device_train_batch_size=GLOBAL_BATCH) for case in (*CASES, QUANTISED)}
+    return {case: run(case, root, per_device_train_batch_size=GLOBAL_BATCH) for case in (*CASES, QUANTISED, EVALUATED)}
 
 
 def assert_same_run(found, expected, tolerance):
