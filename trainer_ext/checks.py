@@ -22,6 +22,16 @@ from peft_mcl import MCLoraConfig
 logger = logging.getLogger(__name__)
 
 
+# Where torchrun, MPI and Slurm's srun tell how many processes they have started.
+_PROCESSES_LAUNCHED = (
+    "WORLD_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+)
+
+
 def check_model(model: Any, peft_config: PeftConfig | None) -> None:
     """Raise a ValueError unless training will act on an MCLORA model."""
     advice = (
@@ -189,12 +199,14 @@ def check_launch(world_size: int, num_devices: int) -> None:
             f"Launch a process for each with `accelerate launch --num_processes {num_devices}` or `torchrun --nproc_per_node "
             f"{num_devices}`, or show it one with CUDA_VISIBLE_DEVICES=0."
         )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched > world_size:
-        raise RuntimeError(
-            f"{launched} processes were launched (WORLD_SIZE={launched}), but they do not know of each other: each would train "
-            "alone and overwrite the files of the others. Without accelerators pass `use_cpu=True` (`--use_cpu`)."
-        )
+    for name in _PROCESSES_LAUNCHED:
+        launched = int(os.environ.get(name) or 1)
+        if launched > world_size:
+            raise RuntimeError(
+                f"{launched} processes were launched ({name}={launched}), but they do not know of each other: each would train "
+                "alone and overwrite the files of the others. Without accelerators pass `use_cpu=True` (`--use_cpu`); under srun "
+                "start one `torchrun` for each machine."
+            )
     # What `accelerate launch` leaves behind if it was asked for several processes and starts only one.
     asked_for_several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     if world_size == 1 and asked_for_several and not {"RANK", "WORLD_SIZE"} & os.environ.keys():

@@ -184,6 +184,9 @@ LAUNCHED_BY_ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "12
     [
         ({"WORLD_SIZE": "2", "RANK": "0"}, 1, ("2 processes were launched", "--use_cpu")),
         ({"WORLD_SIZE": "4", "RANK": "0"}, 2, ("4 processes were launched",)),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 1, ("2 processes were launched", "OMPI_COMM_WORLD_SIZE=2")),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, 1, ("2 processes were launched", "srun", "torchrun")),
+        ({"SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "16", "RANK": "3"}, 16, None),
         (LAUNCHED_BY_ACCELERATE, 1, ("several processes", "starts only one", "torchrun --nproc_per_node")),
         ({"WORLD_SIZE": "2", "RANK": "0"}, 2, None),
         ({**LAUNCHED_BY_ACCELERATE, "WORLD_SIZE": "2", "RANK": "1"}, 2, None),
@@ -193,7 +196,7 @@ LAUNCHED_BY_ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "12
     ],
 )
 def test_launches_with_fewer_processes_than_asked_for_are_refused(monkeypatch, variables, world_size, parts):
-    for name in (*LAUNCHED_BY_ACCELERATE, "WORLD_SIZE", "RANK"):
+    for name in (*LAUNCHED_BY_ACCELERATE, *checks._PROCESSES_LAUNCHED, "RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
