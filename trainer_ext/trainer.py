@@ -724,8 +724,9 @@ class MCLTrainer(HubTrainer):
         accelerate marks a model that it has prepared, and returns it as it is from then on. For an evaluation it does not wrap
         it in DDP, so each process would train on its own.
         """
-        prepared = self.model_wrapped is self.model and getattr(self.model, "_is_accelerate_prepared", False)
-        if prepared and self.accelerator.num_processes > 1:
+        # What FSDP has wrapped is the model itself, and stays so; DeepSpeed wraps it for an evaluation, too.
+        is_ddp = self.accelerator.num_processes > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if is_ddp and self.model_wrapped is self.model and hasattr(self.model, "_is_accelerate_prepared"):
             # Without the autocast of the evaluation: that of training comes on top.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model._is_accelerate_prepared = False
