@@ -328,8 +328,10 @@ def check_trained_head(model: Any, accelerator: Any) -> None:
     TRL's fused head reads the weight of the head outside of the modules that FSDP watches, so each process would go on with
     the gradient of its own rows.
     """
+    if accelerator.distributed_type != "FSDP":
+        return
     head = model.get_base_model().get_output_embeddings()
-    if accelerator.distributed_type == "FSDP" and any(parameter.requires_grad for parameter in head.parameters()):
+    if head is not None and any(parameter.requires_grad for parameter in head.parameters()):
         raise ValueError(
             "The LM head cannot be trained under FSDP: its gradients would not be added up over the processes. Leave it out of "
             "`modules_to_save` (and the input embeddings, if they are tied to it), or launch with DDP or DeepSpeed."
