@@ -9,7 +9,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from trainer_ext import checks
+from trainer_ext import launches
 from trainer_ext.objectives import OBJECTIVES
 
 
@@ -129,7 +129,7 @@ class MCLConfig(SFTConfig):
         # Trainer takes every metric whose name does not end with "loss" for a score.
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("_nll"):  # type: ignore[has-type]
             self.greater_is_better = False
-        checks.check_deepspeed(self.deepspeed)
+        launches.check_deepspeed(self.deepspeed)
         super().__post_init__()
 
     def _check_objective(self) -> None:

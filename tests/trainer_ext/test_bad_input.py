@@ -32,7 +32,7 @@ from tests.trainer_ext.reference import (
     trainer_for,
     word_tokenizer,
 )
-from trainer_ext import MCLConfig, MCLTrainer, checks
+from trainer_ext import MCLConfig, MCLTrainer, launches
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,7 +151,7 @@ def test_sequence_parallelism_is_refused(name):
         parallelism_config = ParallelismConfig(**{f"{name}_size": 2})
 
     with pytest.raises(ValueError, match=says("Sequence parallelism", f"{name}_size=2", "Set the size to 1")):
-        checks.check_parallelism(Accelerator())
+        launches.check_parallelism(Accelerator())
 
 
 @pytest.mark.parametrize("config", [None, ParallelismConfig(), ParallelismConfig(dp_replicate_size=2)])
@@ -161,7 +161,7 @@ def test_other_parallelism_is_not_refused(config):
         num_processes = 2
         even_batches = True
 
-    checks.check_parallelism(Accelerator())
+    launches.check_parallelism(Accelerator())
 
 
 def test_uneven_batches_are_refused_on_several_processes():
@@ -171,9 +171,9 @@ def test_uneven_batches_are_refused_on_several_processes():
         even_batches = False
 
     with pytest.raises(ValueError, match=says("even_batches", "wait for ever", "Leave it at True")):
-        checks.check_parallelism(Accelerator())
+        launches.check_parallelism(Accelerator())
     Accelerator.num_processes = 1
-    checks.check_parallelism(Accelerator())
+    launches.check_parallelism(Accelerator())
 
 
 LAUNCHED_BY_ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -196,23 +196,23 @@ LAUNCHED_BY_ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "12
     ],
 )
 def test_launches_with_fewer_processes_than_asked_for_are_refused(monkeypatch, variables, world_size, parts):
-    for name in (*LAUNCHED_BY_ACCELERATE, *checks._PROCESSES_LAUNCHED, "RANK"):
+    for name in (*LAUNCHED_BY_ACCELERATE, *launches._PROCESSES_LAUNCHED, "RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     if parts is None:
-        checks.check_launch(world_size, 1)
+        launches.check_launch(world_size, 1)
     else:
         with pytest.raises(RuntimeError, match=says(*parts)):
-            checks.check_launch(world_size, 1)
+            launches.check_launch(world_size, 1)
 
 
 def test_several_gpus_need_several_processes():
     with pytest.raises(
         RuntimeError, match=says("4 GPUs", "nn.DataParallel", "--num_processes 4", "CUDA_VISIBLE_DEVICES=0")
     ):
-        checks.check_launch(1, 4)
-    checks.check_launch(1, 0)
+        launches.check_launch(1, 4)
+    launches.check_launch(1, 0)
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DeepSpeed"])
@@ -221,22 +221,22 @@ def test_sharding_that_does_not_happen_is_refused(monkeypatch, tmp_path, kind):
     accelerator = Accelerator(cpu=True)
     monkeypatch.setitem(accelerator.state.__dict__, "distributed_type", DistributedType.MULTI_CPU)
     with pytest.raises(RuntimeError, match=says(f"{kind} was asked for", "MULTI_CPU", "recipes/accelerate")):
-        checks.check_sharding(accelerator)
+        launches.check_sharding(accelerator)
     monkeypatch.setitem(accelerator.state.__dict__, "distributed_type", DistributedType(kind.upper()))
-    checks.check_sharding(accelerator)
+    launches.check_sharding(accelerator)
 
 
 def test_a_trained_head_is_refused_under_fsdp(tmp_path, monkeypatch):
     for modules, refused in ((["lm_head"], True), (["norm"], False)):
         trainer = trainer_for(tmp_path, peft_config=hypotheses(modules_to_save=modules))
-        checks.check_trained_head(trainer.model, trainer.accelerator)
+        launches.check_trained_head(trainer.model, trainer.accelerator)
         with monkeypatch.context() as patch:
             patch.setitem(trainer.accelerator.state.__dict__, "distributed_type", DistributedType.FSDP)
             if refused:
                 with pytest.raises(ValueError, match=says("LM head", "modules_to_save", "DeepSpeed")):
-                    checks.check_trained_head(trainer.model, trainer.accelerator)
+                    launches.check_trained_head(trainer.model, trainer.accelerator)
             else:
-                checks.check_trained_head(trainer.model, trainer.accelerator)
+                launches.check_trained_head(trainer.model, trainer.accelerator)
 
 
 def test_a_second_training_is_refused_under_deepspeed(tmp_path, monkeypatch):
@@ -654,18 +654,18 @@ def test_what_deepspeed_has_to_build_is_built_or_named(tmp_path, monkeypatch, co
     monkeypatch.setattr("deepspeed.ops.__compatible_ops__", {"extension": True}, raising=False)
     plugin = SimpleNamespace(deepspeed_config={"zero_optimization": config})
     args = SimpleNamespace(deepspeed=True, deepspeed_plugin=plugin, optim="adamw_torch")
-    checks.check_compiler(args)
+    launches.check_compiler(args)
     assert asked == expected
     error = RuntimeError("Error building extension: [1/2] c++ -O2\n/bin/sh: 1: c++: not found\nninja: build stopped")
     with pytest.raises(RuntimeError, match=r"'extension'.*c\+\+: not found.*apt-get install g\+\+"):
-        checks.check_compiler(args)
-    checks.check_compiler(SimpleNamespace(deepspeed=None))
+        launches.check_compiler(args)
+    launches.check_compiler(SimpleNamespace(deepspeed=None))
     error = None
     lock = tmp_path / "py" / "extension" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    checks.check_compiler(args)
+    launches.check_compiler(args)
     os.utime(lock, (0, 0))
     with pytest.raises(RuntimeError, match=r"extension/lock' of a build .* minutes old.*Remove the file"):
-        checks.check_compiler(args)
+        launches.check_compiler(args)

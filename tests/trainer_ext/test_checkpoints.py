@@ -27,7 +27,7 @@ from trainer_ext.checkpoints import (
     whole_or_nothing,
     write_manifest,
 )
-from trainer_ext.checks import check_same_processes
+from trainer_ext.launches import check_same_processes
 
 
 FILES = {"adapter_model.safetensors": b"weights", "optimizer.pt": b"\x00" * 5000, "global_step3/shard_0.pt": b"shard"}
