@@ -503,9 +503,9 @@ def foreign(what: str, change: Callable[[dict[str, torch.Tensor], str], None], *
 
 
 foreign("lacks a tensor", without_one, "lacks 1 of", "layers.0.self_attn.q_proj.mclora_B")
-foreign("with a foreign tensor", with_another, "belong nowhere", "layers.9.self_attn.q_proj.mclora_A")
-foreign("of 2 hypotheses, configuration says 3", with_two_hypotheses, "size mismatch", "q_proj.mclora_B", "[2, 64, 4]")
-foreign("with a wrong shape", with_another_rank, "size mismatch", "q_proj.mclora_B", "[3, 64, 2]")
+foreign("with a foreign tensor", with_another, "have no place in the model", "layers.9.self_attn.q_proj.mclora_A")
+foreign("of 2 hypotheses, configuration says 3", with_two_hypotheses, "other shapes", "mclora_B", "(2, 64, 4)")
+foreign("with a wrong shape", with_another_rank, "other shapes", "q_proj.mclora_B", "(3, 64, 2)")
 foreign("with NaN", with_nan, "NaN", "hypothesis 1", "layers.0.self_attn.q_proj.mclora_B")
 
 
