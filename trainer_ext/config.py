@@ -10,11 +10,14 @@ from typing import Any
 from trl import SFTConfig
 
 from trainer_ext import launches
-from trainer_ext.objectives import OBJECTIVES
+from trainer_ext.objectives import ANNEALED, OBJECTIVES
 
 
 NORMALIZATIONS = ("token", "sequence")
+TEMPERATURE_UNITS = ("nats", "spread")
+TARGET_SHARES = ("uniform", "tracked")
 DEFAULT_ANNEALING_FRACTION = 0.5
+DEFAULT_FINAL_TEMPERATURES = {"nats": 1e-6, "spread": 0.05}
 
 
 @dataclass
@@ -23,15 +26,34 @@ class MCLConfig(SFTConfig):
 
     Args:
         objective (`str`): How the losses of the K hypotheses of a sequence are weighted. `"annealed"`: by a softmax of
-            their scores for each token, at a temperature that falls during training, then as `"wta"`; `"wta"`: only the
-            best; `"relaxed"`: the best by `1 - relaxed_epsilon`, the others share the rest; `"random"`: one drawn at random
-            (the control that any claim about the method needs).
+            their scores for each token, at a temperature that falls during training, then as `"wta"`; `"balanced"`: likewise,
+            but with offsets of the hypotheses that give each its share of the sequences (entropic optimal transport), so
+            that none starves; `"wta"`: only the best; `"relaxed"`: the best by `1 - relaxed_epsilon`, the others share the
+            rest; `"random"`: one drawn at random (the control that any claim about the method needs).
         relaxed_epsilon (`float`): Weight that the losers share under `"relaxed"`, in [0, 1].
-        initial_temperature (`float`): Temperature at step 0, in nats for each token, above 0.
-        final_temperature (`float`): Temperature at which annealing ends, above 0 and at most the initial one.
+        initial_temperature (`float`): Temperature at step 0 (or when the hypotheses split), above 0, in units of
+            `temperature_unit`.
+        final_temperature (`float`, *optional*): Temperature at which annealing ends, above 0 and at most the initial one.
+            1e-6 nats or 0.05 spreads by default.
+        temperature_unit (`str`, *optional*): `"nats"` for each token; or `"spread"`, how far the hypotheses differ about the
+            recent sequences beyond one being better on all (`transport.score_spread`), so that a schedule means the same on
+            every task. By default `"spread"` under `"balanced"` and `"nats"` under `"annealed"`.
         temperature_decay (`float`, *optional*): Factor on the temperature at each optimizer step, in (0, 1].
         annealing_fraction (`float`, *optional*): Part of training after which the temperature reaches its final value, in
             (0, 1]; the decay is derived. 0.5 unless `temperature_decay` is given. Give one of the two.
+        together_fraction (`float`): Part of training, in [0, 1), in which all hypotheses learn as one, at the price of plain
+            LoRA; then they split. They must start almost alike: `MCLoraConfig(init_perturbation=0.1)`. Annealing begins
+            with the split.
+        target_shares (`str` or `list[float]`, *optional*): Of `"balanced"`: the part of the sequences that each hypothesis gets.
+            `"uniform"` (the default); `"tracked"`: the shares it would get without balancing, a fifth of the way towards equal ones; or K
+            numbers above 0.
+        balance_strength (`float`, *optional*): Of `"balanced"`, above 0, in units of `temperature_unit`: how much better a
+            hypothesis must be to get e times its share (see `transport.share_offsets`). None: the shares are kept whatever
+            it costs.
+        balance_queue (`int`, *optional*): Of `"balanced"` and the unit `"spread"`: how many sequences before those of a step
+            take part, 0 or more; 16 for each hypothesis by default.
+        sample_winner (`bool`, *optional*): Train one hypothesis of each sequence, drawn by its weight, so that the mean
+            gradient is that of all. By default only under `"balanced"`.
         loss_normalization (`str`): `"token"`: the mean over the supervised tokens of the global batch, as SFTTrainer does;
             `"sequence"`: the mean over sequences of their means over tokens.
         scoring_batch_size (`int`, *optional*): The most rows (sequence times hypothesis; a packed row is one) of a forward
@@ -64,7 +86,7 @@ class MCLConfig(SFTConfig):
     objective: str = field(
         default="annealed",
         metadata={
-            "help": "Winner-takes-all objective: 'annealed', 'wta', 'relaxed' or 'random'.",
+            "help": "Winner-takes-all objective: 'annealed', 'balanced', 'wta', 'relaxed' or 'random'.",
             "choices": list(OBJECTIVES),
         },
     )
@@ -72,11 +94,20 @@ class MCLConfig(SFTConfig):
         default=0.05, metadata={"help": "Weight that the losers share under objective 'relaxed', in [0, 1]."}
     )
     initial_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of objective 'annealed' at step 0, in nats per token."}
+        default=1.0, metadata={"help": "Temperature at step 0, in nats per token or in spreads of the scores."}
     )
-    final_temperature: float = field(
-        default=1e-6,
-        metadata={"help": "Temperature at which annealing ends; from there on only the winner is trained."},
+    final_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Temperature at which annealing ends; from there on only the winner is trained (1e-6 nats, .05 spreads)."
+        },
+    )
+    temperature_unit: str | None = field(
+        default=None,
+        metadata={
+            "help": "'nats' or 'spread' (default under objective 'balanced').",
+            "choices": list(TEMPERATURE_UNITS),
+        },
     )
     temperature_decay: float | None = field(
         default=None, metadata={"help": "Factor on the temperature at each optimizer step, in (0, 1]."}
@@ -86,6 +117,30 @@ class MCLConfig(SFTConfig):
         metadata={
             "help": "Part of training after which the temperature is final (0.5 if no temperature_decay is given)."
         },
+    )
+    together_fraction: float = field(
+        default=0.0, metadata={"help": "Part of training in which all hypotheses learn as one, in [0, 1)."}
+    )
+    # Any: numbers in code and YAML, words on a command line.
+    target_shares: Any = field(
+        default=None,
+        metadata={
+            "help": "Shares of the hypotheses under 'balanced': 'uniform', 'tracked' or K numbers.",
+            "nargs": "+",
+        },
+    )
+    balance_strength: float | None = field(
+        default=None,
+        metadata={
+            "help": "How much better a hypothesis must be for e times its share (default: the shares are strict)."
+        },
+    )
+    balance_queue: int | None = field(
+        default=None, metadata={"help": "Sequences before those of a step that are balanced with it (default: 16 K)."}
+    )
+    sample_winner: bool | None = field(
+        default=None,
+        metadata={"help": "Train one hypothesis of each sequence, drawn by weight (default: under 'balanced')."},
     )
     loss_normalization: str = field(
         default="token",
@@ -122,7 +177,14 @@ class MCLConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.temperature_unit is None:
+            self.temperature_unit = "spread" if self.objective == "balanced" else "nats"
+        if self.final_temperature is None:
+            self.final_temperature = DEFAULT_FINAL_TEMPERATURES.get(self.temperature_unit)
+        if self.sample_winner is None:
+            self.sample_winner = self.objective == "balanced"
         self._check_objective()
+        self._check_balance()
         self._refuse_meaningless_options()
         if self.temperature_decay is None and self.annealing_fraction is None:
             self.annealing_fraction = DEFAULT_ANNEALING_FRACTION
@@ -139,6 +201,10 @@ class MCLConfig(SFTConfig):
             raise ValueError(
                 f"`loss_normalization` must be one of {', '.join(NORMALIZATIONS)}, got {self.loss_normalization!r}."
             )
+        if self.temperature_unit not in TEMPERATURE_UNITS:
+            raise ValueError(
+                f"`temperature_unit` must be one of {', '.join(TEMPERATURE_UNITS)}, got {self.temperature_unit!r}."
+            )
         numbers = ["relaxed_epsilon", "initial_temperature", "final_temperature", "no_win_warning_steps"]
         numbers += [name for name in ("temperature_decay", "annealing_fraction") if getattr(self, name) is not None]
         for name in numbers:
@@ -149,6 +215,7 @@ class MCLConfig(SFTConfig):
         for name in ("initial_temperature", "final_temperature"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be above 0 and finite, got {getattr(self, name)!r}.")
+        assert self.final_temperature is not None
         if self.final_temperature > self.initial_temperature:
             raise ValueError(
                 f"`final_temperature` ({self.final_temperature!r}) must not be above `initial_temperature` "
@@ -175,6 +242,33 @@ class MCLConfig(SFTConfig):
             raise ValueError(f"`card_prompts` must be an integer, 0 (none) or more, got {self.card_prompts!r}.")
         if self.no_win_warning_steps < 0:
             raise ValueError(f"`no_win_warning_steps` must be 0 (never) or more, got {self.no_win_warning_steps!r}.")
+
+    def _check_balance(self) -> None:
+        if not isinstance(self.together_fraction, Real) or not 0.0 <= self.together_fraction < 1.0:
+            raise ValueError(f"`together_fraction` must be in [0, 1), got {self.together_fraction!r}.")
+        fraction = DEFAULT_ANNEALING_FRACTION if self.annealing_fraction is None else self.annealing_fraction
+        if self.objective in ANNEALED and self.temperature_decay is None and self.together_fraction >= fraction:
+            raise ValueError(
+                f"`together_fraction` ({self.together_fraction!r}) must be below `annealing_fraction` ({fraction!r}): annealing "
+                "begins when the hypotheses split."
+            )
+        if self.balance_strength is not None and not (
+            isinstance(self.balance_strength, Real) and 0.0 < self.balance_strength < float("inf")
+        ):
+            raise ValueError(
+                f"`balance_strength` must be above 0 and finite, or None (strict), got {self.balance_strength!r}."
+            )
+        queue = self.balance_queue
+        if queue is not None and (isinstance(queue, bool) or not isinstance(queue, int) or queue < 0):
+            raise ValueError(f"`balance_queue` must be an integer of at least 0, got {queue!r}.")
+        self.target_shares = _parse_shares(self.target_shares)
+        if self.objective == "balanced" and self.score_every > 1:
+            raise ValueError(
+                f"`score_every={self.score_every!r}` cannot be used with `objective='balanced'`, which needs the scores of all "
+                "sequences of a step. Set it to 1."
+            )
+        if self.sample_winner and self.sample_losers:
+            raise ValueError("Give `sample_winner` or `sample_losers`, not both: they draw from the same weights.")
 
     def __getstate__(self) -> dict[str, Any]:
         """Without tokens: this goes into `training_args.bin`, which goes to the Hub with the adapter."""
@@ -228,6 +322,24 @@ class MCLConfig(SFTConfig):
         for name, (is_set, reason) in refuse.items():
             if is_set:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is not supported by MCLTrainer: {reason}.")
+
+
+def _parse_shares(value: Any) -> Any:
+    """`target_shares` as a name or a list of floats; on a command line both come as a list of words."""
+    if value is None:
+        return "uniform"
+    words = [value] if isinstance(value, str) else value
+    if isinstance(words, (list, tuple)) and len(words) == 1 and words[0] in TARGET_SHARES:
+        return words[0]
+    try:
+        shares = [float(share) for share in words]
+    except (TypeError, ValueError):
+        shares = []
+    if not shares or not all(0.0 < share < float("inf") for share in shares):
+        raise ValueError(
+            f"`target_shares` must be 'uniform', 'tracked' or one number above 0 for each hypothesis, got {value!r}."
+        )
+    return shares
 
 
 def _without_token(model_init_kwargs: dict[str, Any] | None) -> dict[str, Any] | None:

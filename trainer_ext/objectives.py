@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 
 
-OBJECTIVES = ("wta", "relaxed", "annealed", "random")
+OBJECTIVES = ("wta", "relaxed", "annealed", "balanced", "random")
+# Those with a temperature.
+ANNEALED = ("annealed", "balanced")
 # Scores that differ by less than this part of themselves are equal: some units in the last place of float32. The same rows
 # in a batch of another shape give scores that differ by 2e-7 of themselves (135M parameters, float32, on a CPU).
 TIE = 1e-6
@@ -20,6 +22,11 @@ def finite_scores(scores: torch.Tensor) -> torch.Tensor:
     """`scores` as float32 without infinities: NaN and -inf become the worst finite score, +inf the best."""
     limit = torch.finfo(torch.float32).max
     return torch.nan_to_num(scores.detach().float(), nan=-limit, posinf=limit, neginf=-limit)
+
+
+def scores_per_token(scores: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+    """s_k / n of shape (B, K) from scores (B, K) and numbers of tokens (B,); a sequence without tokens is divided by 1."""
+    return scores / num_tokens.to(scores.device).clamp(min=1).unsqueeze(1)
 
 
 def pick_winners(scores: torch.Tensor, lots: torch.Tensor) -> torch.Tensor:
@@ -65,7 +72,7 @@ def annealed_weights(scores: torch.Tensor, num_tokens: torch.Tensor, temperature
         num_tokens (`torch.Tensor`): Shape (B,), the number n of supervised tokens.
         temperature (`float`): T > 0, in nats for each token.
     """
-    per_token = finite_scores(scores) / num_tokens.to(scores.device).clamp(min=1).unsqueeze(1)
+    per_token = scores_per_token(finite_scores(scores), num_tokens)
     # The best is subtracted before dividing, so that no temperature overflows. Beyond the range of float32 a gap would be
     # infinite, and T infinite or zero.
     limits = torch.finfo(torch.float32)
@@ -101,11 +108,13 @@ def assignment_weights(
     Where some hypotheses have a score that is not finite (an overflow in float16, say), the best takes over their weight.
 
     Args:
-        objective (`str`): `"wta"`, `"relaxed"`, `"annealed"` or `"random"`.
+        objective (`str`): `"wta"`, `"relaxed"`, `"annealed"`, `"balanced"` or `"random"`. `"balanced"` is `"annealed"` on scores
+            with the offsets of the hypotheses (see `planning.balanced_scores`).
         scores (`torch.Tensor`): Shape (B, K), any float dtype, in nats for each sequence.
         num_tokens (`torch.Tensor`): Shape (B,), the number of supervised tokens.
         epsilon (`float`): Of `"relaxed"`.
-        temperature (`float`, *optional*): Of `"annealed"`; None once it is at its final value (the weights of `"wta"`).
+        temperature (`float`, *optional*): Of `"annealed"` and `"balanced"`; None once it is at its final value (the weights of
+            `"wta"`).
         draws (`torch.Tensor`): Shape (B, K + 1), numbers in [0, 1): K lots for ties, and one for `"random"`.
 
     Returns:
@@ -120,7 +129,7 @@ def assignment_weights(
     winners = pick_winners(scores, draws[:, :num_hypotheses])
     if needs_winners_only(objective, temperature):
         weights = winner_weights(objective, winners, num_hypotheses, epsilon)
-    elif objective == "annealed":
+    elif objective in ANNEALED:
         assert temperature is not None
         weights = annealed_weights(scores, num_tokens, temperature)
     elif objective == "random":
@@ -147,7 +156,7 @@ def give_broken_to_winner(weights: torch.Tensor, scores: torch.Tensor, winners: 
 
 def needs_winners_only(objective: str, temperature: float | None) -> bool:
     """Whether the weights follow from the winners alone: not from the other scores, nor from draws."""
-    return objective in ("wta", "relaxed") or (objective == "annealed" and temperature is None)
+    return objective in ("wta", "relaxed") or (objective in ANNEALED and temperature is None)
 
 
 def winner_weights(objective: str, winners: torch.Tensor, num_hypotheses: int, epsilon: float) -> torch.Tensor:
@@ -193,14 +202,27 @@ def sample_losers(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """
     winner = wta_weights(weights.argmax(dim=1), weights.shape[1]).bool()
     losers = torch.where(winner, 0.0, weights)
-    rest = losers.sum(dim=1)
+    return torch.where(winner, weights, _drawn_by_weight(losers, draws) * losers.sum(dim=1, keepdim=True))
+
+
+def sample_one(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """One hypothesis of each sequence, drawn by its weight, with the weight 1: the mean of the gradient is that of all rows.
+
+    Args:
+        weights (`torch.Tensor`): Shape (B, K), rows summing to 1.
+        draws (`torch.Tensor`): Shape (B,), numbers in [0, 1).
+    """
+    return _drawn_by_weight(weights, draws)
+
+
+def _drawn_by_weight(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """1 for one entry of each row (B, K), drawn in proportion to the weights, 0 for the rest."""
     # A place on the line of cumulated weights, whose steps are the probabilities.
-    place = draws.to(weights.device) * rest
-    drawn = torch.searchsorted(losers.cumsum(dim=1), place.unsqueeze(1), right=True).clamp(max=weights.shape[1] - 1)
+    place = draws.to(weights.device) * weights.sum(dim=1)
+    drawn = torch.searchsorted(weights.cumsum(dim=1), place.unsqueeze(1), right=True).clamp(max=weights.shape[1] - 1)
     # Rounding at the end of the line must not draw a hypothesis without weight.
-    drawn = torch.where(losers.gather(1, drawn) > 0, drawn, losers.argmax(dim=1, keepdim=True)).squeeze(1)
-    sampled = wta_weights(drawn, weights.shape[1]) * rest.unsqueeze(1)
-    return torch.where(winner, weights, sampled)
+    drawn = torch.where(weights.gather(1, drawn) > 0, drawn, weights.argmax(dim=1, keepdim=True)).squeeze(1)
+    return wta_weights(drawn, weights.shape[1])
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from trainer_ext.draws import Occurrences, sequence_draws
 from trainer_ext.metrics import ScoreWindow, WinWatch
 from trainer_ext.noise import evaluation_mode, has_dropout
 from trainer_ext.objectives import (
+    ANNEALED,
     assignment_weights,
     decay_for,
     drop_small_weights,
@@ -31,9 +33,12 @@ from trainer_ext.objectives import (
     needs_winners_only,
     pick_winners,
     sample_losers,
+    sample_one,
     temperature_at,
     winner_weights,
+    wta_weights,
 )
+from trainer_ext.planning import RecentScores, StepPlan, balanced_scores, finite_rows, spread_of
 from trainer_ext.saving import SavingTrainer
 from trainer_ext.scoring import (
     ScoringCall,
@@ -170,6 +175,10 @@ class MCLTrainer(SavingTrainer):
         self.figures: dict[str, CardFigures] = {}
         self._wins: WinWatch | None = None
         self._last_temperature = self.args.initial_temperature
+        # Of steps that are planned as a whole.
+        self._plan: StepPlan | None = None
+        self._recent = RecentScores(self._num_hypotheses, self.args.balance_queue)
+        self._spread = 1.0
         self._weighted_share = 1.0
         self._reported_broken: set[int] = set()
         self._remembered = RememberedWinners(self.args.score_every) if self.args.score_every > 1 else None
@@ -200,6 +209,11 @@ class MCLTrainer(SavingTrainer):
         """
         batch = SequenceBatch(inputs)
         is_training = self.model.training
+        if is_training and self._is_together:
+            return self._learn_together(model, batch)
+        if is_training and self._plan is not None:
+            weights = self._plan.take(batch.keys)
+            return self._weigh(*self._run_weighted(model, batch, weights, _is_largest(weights)))
         draws = self._draw(batch, is_training)
         if is_training:
             self._last_temperature = self.temperature
@@ -212,9 +226,10 @@ class MCLTrainer(SavingTrainer):
             runs_all = self._num_hypotheses == 1 or not self._happens_anywhere(is_broken(scores).any())
         else:
             weights, self._winners = self._score(model, batch, draws, is_training)
-        is_largest = _is_largest(weights)
         if is_training:
             weights = self._thin_out(weights, draws)
+        # One row that is run stands for its sequence in what TRL counts.
+        is_largest = _is_largest(weights)
         if runs_all:
             row_weights, is_counted = weights.T, is_largest.T
         else:
@@ -223,7 +238,10 @@ class MCLTrainer(SavingTrainer):
             # One number for all processes: each must make the same calls, as a call may synchronise buffers or weights.
             share = (weights > 0).float().mean()
             self._weighted_share = self.accelerator.gather(share).mean().item()
+        return self._weigh(run, row_weights, is_counted)
 
+    def _weigh(self, run: TokenScores, row_weights: torch.Tensor, is_counted: torch.Tensor) -> FusedCausalLMOutput:
+        """What TRL gets of the rows that were run, (C, R) of them with as many entries of `row_weights` and `is_counted`."""
         log_probs, counted = row_weights[:, run.sequence] * run.log_probs, is_counted[:, run.sequence]
         if self.args.loss_normalization == "sequence":
             # Dividing by the tokens of a sequence here leaves TRL to divide by what `_get_num_items_in_batch` counts.
@@ -235,6 +253,15 @@ class MCLTrainer(SavingTrainer):
             label_mask=counted,
             aux_loss=run.aux_loss,
         )
+
+    def _learn_together(self, model: nn.Module, batch: SequenceBatch) -> FusedCausalLMOutput:
+        """Train all hypotheses as one, their mean: a step of plain LoRA. They all tie, so lots decide what is reported."""
+        run = score_tokens(model, self._positions, batch, "mean")
+        scores = run.per_sequence().T.expand(-1, self._num_hypotheses)
+        draws = self._draw(batch, is_training=True)
+        self._watch_wins(self._record(scores, batch.num_tokens, pick_winners(scores, draws[:, : self._num_hypotheses])))
+        ones = torch.ones_like(run.num_tokens)[None]
+        return self._weigh(run, ones.float(), ones.bool())
 
     @property
     def _runs_in_parts(self) -> bool:
@@ -384,11 +411,13 @@ class MCLTrainer(SavingTrainer):
         return weights, winners
 
     def _thin_out(self, weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        """Fewer rows to train, by the options that the user has chosen. The largest weights stay."""
+        """Fewer rows to train, by the options that the user has chosen; at least one of each sequence stays."""
         if self.args.min_weight > 0:
             weights = drop_small_weights(weights, self.args.min_weight)
         if self.args.sample_losers:
             weights = sample_losers(weights, draws[:, -1])
+        if self.args.sample_winner:
+            weights = sample_one(weights, draws[:, -1])
         return weights
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -400,6 +429,11 @@ class MCLTrainer(SavingTrainer):
         """
         if self._remembered is not None:
             self._remembered.end_step()
+        batches, count = self._get_batch_samples(epoch_iterator, num_batches, device)
+        self._plan = self._plan_step(batches) if self._plans_steps and not self._is_together and batches else None
+        return batches, count
+
+    def _get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         processes = self.accelerator.num_processes
         if processes == 1 or not batches or self.args.packing or not has_length(self.train_dataset):
@@ -422,6 +456,63 @@ class MCLTrainer(SavingTrainer):
         return super()._get_num_items_in_batch(batch_samples, device)
 
     # ------------------------------------------------------------------------------------------------------------
+    # Steps that are planned as a whole
+
+    @property
+    def _plans_steps(self) -> bool:
+        """Whether the weights of a sequence depend on the other sequences of the step."""
+        args = self.args
+        in_spreads = args.objective in ANNEALED and args.temperature_unit == "spread"
+        return self._num_hypotheses > 1 and (args.objective == "balanced" or in_spreads)
+
+    def _plan_step(self, batch_samples: list[dict[str, Any]]) -> StepPlan:
+        """Score all micro-batches of a step and decide, for the sequences of all processes at once, what each trains."""
+        batches = [SequenceBatch(self._prepare_inputs(inputs)) for inputs in batch_samples]
+        # As `training_step` does; an evaluation may have come before.
+        self.model.train()
+        with self.compute_loss_context_manager():
+            parts = [self._score_part(self.model_wrapped, batch, list(range(len(batch))), True) for batch in batches]
+        keys = torch.tensor([key for batch in batches for key in batch.keys], device=self.accelerator.device)
+        local = (keys, torch.cat([scores for scores, _ in parts]), torch.cat([num_tokens for _, num_tokens in parts]))
+        # Where processes have different numbers of sequences, what fills up has no tokens.
+        padded = (self.accelerator.pad_across_processes(tensor) for tensor in local)
+        all_keys, scores, num_tokens = (self.accelerator.gather(tensor).cpu() for tensor in padded)
+        place = self._place(is_training=True)
+        numbered = self._occurrences.number(all_keys.tolist(), place)
+        # In an order of the content alone, sums and what is remembered do not depend on the processes. Sequences with nothing
+        # to learn decide nothing.
+        order = sorted(num_tokens.nonzero().flatten().tolist(), key=numbered.__getitem__)
+        draws = sequence_draws([numbered[row] for row in order], self._num_hypotheses + 1, place)
+        found = wta_weights(torch.zeros(len(numbered), dtype=torch.int64), self._num_hypotheses)
+        found[order] = self._weights_of_step(scores[order], num_tokens[order], draws)
+        first = self.accelerator.process_index * (len(numbered) // self.accelerator.num_processes)
+        return StepPlan(keys.tolist(), found[first : first + len(keys)].to(self.accelerator.device))
+
+    def _weights_of_step(self, scores: torch.Tensor, num_tokens: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """The weights (S, K) of the sequences of a step, from their scores (S, K), numbers of tokens (S,) and draws (S, K + 1)."""
+        best = pick_winners(scores, draws[:, : self._num_hypotheses])
+        self._report_broken(scores)
+        self._watch_wins(self._note(scores, num_tokens, best))
+        rows = self._recent.add(finite_rows(scores, num_tokens))
+        self._spread = spread_of(rows)
+        args, temperature = self.args, self._annealing_temperature()
+        self._last_temperature = self.temperature
+        if args.objective == "balanced":
+            strength = args.balance_strength
+            scores = balanced_scores(
+                scores,
+                num_tokens,
+                rows,
+                wanted=args.target_shares,
+                temperature=self._last_temperature,
+                strength=None if strength is None else strength * self._unit,
+            )
+        weights, _ = assignment_weights(
+            args.objective, scores, num_tokens, epsilon=args.relaxed_epsilon, temperature=temperature, draws=draws
+        )
+        return self._thin_out(weights, draws)
+
+    # ------------------------------------------------------------------------------------------------------------
     # Schedule and draws
 
     @property
@@ -431,26 +522,51 @@ class MCLTrainer(SavingTrainer):
     @property
     def temperature(self) -> float:
         """The temperature of the running optimizer step, in nats for each token."""
-        args = self.args
+        return self._unit * self._relative_temperature
+
+    @property
+    def _relative_temperature(self) -> float:
+        """The temperature in units of `temperature_unit`. It falls from the step on in which the hypotheses split."""
+        args, split = self.args, self._split_step
+        assert args.final_temperature is not None
         decay = args.temperature_decay
         if decay is None:
-            steps = args.annealing_fraction * self.state.max_steps
+            steps = args.annealing_fraction * self.state.max_steps - split
             decay = decay_for(args.initial_temperature, args.final_temperature, steps)
-        return temperature_at(self.state.global_step, args.initial_temperature, args.final_temperature, decay)
+        step = max(self.state.global_step - split, 0)
+        return temperature_at(step, args.initial_temperature, args.final_temperature, decay)
+
+    @property
+    def _unit(self) -> float:
+        """The unit of temperatures, in nats for each token."""
+        return self._spread if self.args.temperature_unit == "spread" else 1.0
+
+    @property
+    def _split_step(self) -> int:
+        """The first step in which the hypotheses compete."""
+        return math.ceil(self.args.together_fraction * self.state.max_steps) if self._num_hypotheses > 1 else 0
+
+    @property
+    def _is_together(self) -> bool:
+        """Whether all hypotheses learn as one in the running step."""
+        return self.state.global_step < self._split_step
 
     def _annealing_temperature(self) -> float | None:
-        """The temperature of objective "annealed" while it falls, None once it is final."""
-        if self.args.objective != "annealed":
-            return None
-        temperature = self.temperature
-        return temperature if temperature > self.args.final_temperature else None
+        """The temperature of an annealed objective while it falls, None once it is final."""
+        final = self.args.final_temperature
+        assert final is not None
+        return self.temperature if self.args.objective in ANNEALED and self._relative_temperature > final else None
+
+    def _place(self, is_training: bool) -> str:
+        """What draws depend on besides the sequence: the seed and the step."""
+        return f"{self.args.seed}/{is_training}/{self.state.global_step}"
 
     def _draw(self, batch: SequenceBatch, is_training: bool) -> torch.Tensor:
         """Random numbers for ties and choices (B, K + 1), which depend only on the seed, the step and the sequence.
 
         So they are the same for any number of processes and micro-batches, and in a resumed run.
         """
-        place = f"{self.args.seed}/{is_training}/{self.state.global_step}"
+        place = self._place(is_training)
         keys = torch.tensor(batch.keys, device=self.accelerator.device)
         everywhere = self._gather_ragged(keys, fill=-1)
         numbered = self._occurrences.number(everywhere.tolist(), place)
@@ -463,7 +579,6 @@ class MCLTrainer(SavingTrainer):
     def _record(self, scores: torch.Tensor, num_tokens: torch.Tensor, winners: torch.Tensor) -> set[int]:
         """Add the sequences of all processes to the metrics, and return those that won."""
         self._report_broken(scores)
-        window = self._train_window if self.model.training else self._eval_window
         tensors = (scores.contiguous(), num_tokens, winners)
         # In training the batches of a step are fetched in advance, so `gather_for_metrics` would take each of the last step
         # for the last of the epoch, and cut it to the length of that one. It would also cut a packed row to as many
@@ -472,6 +587,11 @@ class MCLTrainer(SavingTrainer):
             scores, num_tokens, winners = (self._gather_ragged(tensor) for tensor in tensors)
         else:
             scores, num_tokens, winners = self.accelerator.gather_for_metrics(tensors)
+        return self._note(scores, num_tokens, winners)
+
+    def _note(self, scores: torch.Tensor, num_tokens: torch.Tensor, winners: torch.Tensor) -> set[int]:
+        """Add sequences that all processes know to the metrics, and return those that won."""
+        window = self._train_window if self.model.training else self._eval_window
         if self.model.training:
             self._refuse_broken_hypotheses(scores[num_tokens > 0])
         window.add(scores, num_tokens, winners)
@@ -524,9 +644,8 @@ class MCLTrainer(SavingTrainer):
         for hypothesis, steps in self._wins.update(winners, step):
             if self.is_world_process_zero():
                 logger.warning(
-                    "Hypothesis %d has won no sequence for %d steps (up to step %d): it is no longer trained, or only by "
-                    "the share of the losers. A slower annealing or `objective='relaxed'` with a larger "
-                    "`relaxed_epsilon` keeps hypotheses alive.",
+                    "Hypothesis %d has won no sequence for %d steps (up to step %d): it is trained no longer, or only by the "
+                    "share of the losers. `objective='balanced'` gives each hypothesis its part of the sequences.",
                     hypothesis,
                     steps,
                     step,
@@ -541,8 +660,12 @@ class MCLTrainer(SavingTrainer):
                 logs.update(self._train_window.summary())
                 self.figures["training"] = self._train_window.for_card()
             self._train_window.clear()
-            if self.args.objective == "annealed":
+            if self.args.objective in ANNEALED:
                 logs["temperature"] = self._last_temperature
+            if self.args.temperature_unit == "spread":
+                logs["score_spread"] = self._spread
+            if self._split_step:
+                logs["together"] = float(self._is_together)
             flips = None if self._remembered is None else self._remembered.flips()
             if flips is not None:
                 logs["winner_flips"] = flips
@@ -600,11 +723,15 @@ class MCLTrainer(SavingTrainer):
         super()._save_rng_state(output_dir)
         if self._remembered is not None and self.args.should_save:
             self._remembered.save(output_dir)
+        if self._plans_steps and self.args.should_save:
+            self._recent.save(output_dir)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if self._remembered is not None and checkpoint is not None:
             self._remembered.load(checkpoint)
+        if self._plans_steps and checkpoint is not None:
+            self._recent.load(checkpoint)
 
 
 class _Competition:

@@ -1,0 +1,49 @@
+"""The ways of training that are compared: options of MCLConfig and of the adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of training.
+
+    Args:
+        training: Options of MCLConfig.
+        adapter: Options of MCLoraConfig.
+        plain: One LoRA of the total rank of the hypotheses, in place of K of them.
+        separate: K LoRAs with seeds of their own, each trained on all data as if it were alone.
+    """
+
+    training: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
+    plain: bool = False
+    separate: bool = False
+
+
+SHARED = {"shared_r": 8}
+TOGETHER = {"together_fraction": 0.2}
+ALIKE = {"init_perturbation": 0.1}
+BALANCED = {"objective": "balanced"}
+SOFT = {"objective": "balanced", "balance_strength": 1.0}
+
+METHODS = {
+    "lora": Method(plain=True),
+    "separate": Method(separate=True),
+    "random": Method({"objective": "random"}),
+    "wta": Method({"objective": "wta"}),
+    "relaxed": Method({"objective": "relaxed", "relaxed_epsilon": 0.1}),
+    "annealed": Method({"objective": "annealed", "initial_temperature": 0.5, "final_temperature": 1e-3}),
+    "annealed, spreads": Method({"objective": "annealed", "temperature_unit": "spread", "sample_winner": True}),
+    "balanced": Method(BALANCED),
+    "wta + shared": Method({"objective": "wta"}, SHARED),
+    "annealed, spreads + shared": Method(
+        {"objective": "annealed", "temperature_unit": "spread", "sample_winner": True}, SHARED
+    ),
+    "balanced + shared": Method(BALANCED, SHARED),
+    "balanced + together": Method({**BALANCED, **TOGETHER}, ALIKE),
+    "balanced + together + shared": Method({**BALANCED, **TOGETHER}, {**SHARED, **ALIKE}),
+    "soft + shared": Method(SOFT, SHARED),
+}
