@@ -48,12 +48,17 @@ class MCLoraConfig(PeftConfig):
         num_hypotheses (`int`): K, the number of LoRA adapters that compete for every training sequence. With
             `num_hypotheses=1` the model is numerically plain LoRA.
         r (`int`): Rank of each hypothesis.
+        shared_r (`int`): Rank of a part of the update that all hypotheses share: W + scale * (B_s A_s + B_k A_k), with the
+            scale that `r` gives. Every sequence trains it. 0: there is none.
         lora_alpha (`int` or `float`): The update is scaled by `lora_alpha / r`.
         lora_dropout (`float`): Dropout probability on the input of the low-rank update, in [0, 1).
         use_rslora (`bool`): Scale by `lora_alpha / sqrt(r)` instead (rank-stabilised LoRA).
         init_lora_weights (`bool` or `"gaussian"`): `True`: A Kaiming-uniform, different for each hypothesis, and B zero;
             `"gaussian"`: A normal with deviation 1/r, B zero; `False`: A and B random (for tests: the model does not start
             as the base model).
+        init_perturbation (`float`, *optional*): `None`: each hypothesis has random matrices of its own. A number p of at least
+            0: all start from the same ones, to which each adds normal noise of p times their standard deviation. So they can
+            be trained as one first, with `hypotheses="mean"`. Where B is zero (A, in an embedding) it stays so.
         target_modules (`list[str]` or `str`, *optional*): Names or regular expression of the modules to adapt,
             `"all-linear"`, or `None` for the architecture's default (the same one as LoRA's).
         exclude_modules (`list[str]` or `str`, *optional*): Names or regular expression of modules to leave alone.
@@ -75,11 +80,18 @@ class MCLoraConfig(PeftConfig):
 
     num_hypotheses: int = field(default=3, metadata={"help": "Number of LoRA hypotheses (K)."})
     r: int = field(default=8, metadata={"help": "Rank of each hypothesis."})
+    shared_r: int = field(default=0, metadata={"help": "Rank of a part that all hypotheses share; 0 for none."})
     lora_alpha: float = field(default=8, metadata={"help": "The update is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the low-rank update."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) instead."})
     init_lora_weights: bool | str = field(
         default=True, metadata={"help": "True (Kaiming A, zero B), 'gaussian' (normal A, zero B) or False (random)."}
+    )
+    init_perturbation: float | None = field(
+        default=None,
+        metadata={
+            "help": "Start all hypotheses alike but for noise of this size, relative to their weights; None: apart."
+        },
     )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names or regex of the modules to adapt, or 'all-linear'."}
@@ -117,6 +129,8 @@ class MCLoraConfig(PeftConfig):
     def _check_values(self) -> None:
         require_positive_int("num_hypotheses", self.num_hypotheses)
         require_positive_int("r", self.r)
+        if isinstance(self.shared_r, bool) or not isinstance(self.shared_r, int) or self.shared_r < 0:
+            raise ValueError(f"`shared_r` must be an integer of at least 0, got {self.shared_r!r}.")
         for pattern, rank in (self.rank_pattern or {}).items():
             require_positive_int(f"rank_pattern[{pattern!r}]", rank)
         if not _is_number(self.lora_alpha):
@@ -130,6 +144,12 @@ class MCLoraConfig(PeftConfig):
             raise ValueError(
                 f"`init_lora_weights` must be True, False or 'gaussian', got {self.init_lora_weights!r}. The other "
                 "initialisations of LoRA change the base weights or give every hypothesis the same start."
+            )
+        if self.init_perturbation is not None and (
+            not _is_number(self.init_perturbation) or self.init_perturbation < 0
+        ):
+            raise ValueError(
+                f"`init_perturbation` must be a number of at least 0, or None, got {self.init_perturbation!r}."
             )
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"`bias` must be 'none', 'all' or 'lora_only', got {self.bias!r}.")

@@ -1,7 +1,8 @@
 """The adapted layers: `base_layer(x)` plus the low-rank update of the hypothesis that each row belongs to.
 
-The adapters of all hypotheses are stacked in one tensor for each layer, A (K, r, in) and B (K, out, r). How they are applied
-is the matter of `updates.py`.
+The adapters of all hypotheses are stacked in one tensor for each layer, A (K, r, in) and B (K, out, r). There may be a part
+that all of them share, A (shared_r, in) and B (out, shared_r): a call runs under factors of rank shared_r + r, in which it
+comes first. How they are applied is the matter of `updates.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_mcl.config import MCLoraConfig
 from peft_mcl.routing import Route, Routing, is_in_backward
-from peft_mcl.updates import block_update, decoded_update, gathered_update, segmented_update
+from peft_mcl.updates import block_update, decoded_update, gathered_update, mean_as_one, segmented_update
 
 
 class MCLoraLayer(nn.Module, BaseTunerLayer):
@@ -32,7 +33,7 @@ class MCLoraLayer(nn.Module, BaseTunerLayer):
         adapter_name (`str`): Name of the first adapter.
         routing ([`Routing`]): Tells the route of the running call; shared by all layers of the model.
         module_name (`str`): Name of the layer in the model, for messages.
-        r (`int`): Rank of each hypothesis.
+        r (`int`): Rank of each hypothesis, without the part that they share.
         lora_alpha (`float`): Alpha of each hypothesis.
         config ([`MCLoraConfig`]): The other options.
         **kwargs: What PEFT needs to know of a quantised base (`get_quantization_kwargs`).
@@ -41,7 +42,18 @@ class MCLoraLayer(nn.Module, BaseTunerLayer):
     # The names of the stacked parameters; of two kinds, so that PEFT tells apart what LoRA tells apart.
     name_a: str
     name_b: str
-    adapter_layer_names: tuple[str, ...] = ("mclora_A", "mclora_B", "mclora_embedding_A", "mclora_embedding_B")
+    name_shared_a: str
+    name_shared_b: str
+    adapter_layer_names: tuple[str, ...] = (
+        "mclora_A",
+        "mclora_B",
+        "mclora_embedding_A",
+        "mclora_embedding_B",
+        "mclora_shared_A",
+        "mclora_shared_B",
+        "mclora_shared_embedding_A",
+        "mclora_shared_embedding_B",
+    )
     other_param_names: tuple[str, ...] = (
         "num_hypotheses",
         "r",
@@ -82,10 +94,8 @@ class MCLoraLayer(nn.Module, BaseTunerLayer):
         self.use_rslora: dict[str, bool] = {}
         self.merged_hypothesis: dict[str, int] = {}
         self.mclora_dropout = nn.ModuleDict()
-        self.mclora_A = nn.ParameterDict()
-        self.mclora_B = nn.ParameterDict()
-        self.mclora_embedding_A = nn.ParameterDict()
-        self.mclora_embedding_B = nn.ParameterDict()
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
@@ -107,6 +117,16 @@ class MCLoraLayer(nn.Module, BaseTunerLayer):
         """B of all hypotheses by adapter name, each of shape (K, out_features, r)."""
         return getattr(self, self.name_b)
 
+    @property
+    def shared_a(self) -> nn.ParameterDict:
+        """A that all hypotheses share, by adapter name, each of shape (shared_r, in_features); not of adapters without one."""
+        return getattr(self, self.name_shared_a)
+
+    @property
+    def shared_b(self) -> nn.ParameterDict:
+        """B that all hypotheses share, by adapter name, each of shape (out_features, shared_r)."""
+        return getattr(self, self.name_shared_b)
+
     # ------------------------------------------------------------------------------------------------------------
     # Parameters
 
@@ -119,14 +139,25 @@ class MCLoraLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = self._initial_scaling(adapter_name)
         dropout = nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0.0 else nn.Identity()
         self.mclora_dropout[adapter_name] = dropout
-        pairs = [self._new_hypothesis(r, config.init_lora_weights) for _ in range(config.num_hypotheses)]
-        self.stacked_a[adapter_name] = nn.Parameter(torch.stack([a for a, _ in pairs]))
-        self.stacked_b[adapter_name] = nn.Parameter(torch.stack([b for _, b in pairs]))
+        a, b = self._new_hypotheses(r, config)
+        self.stacked_a[adapter_name], self.stacked_b[adapter_name] = nn.Parameter(a), nn.Parameter(b)
+        if config.shared_r:
+            a, b = self._new_pair(config.shared_r, config.init_lora_weights)
+            self.shared_a[adapter_name], self.shared_b[adapter_name] = nn.Parameter(a), nn.Parameter(b)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _new_hypothesis(self, r: int, init: bool | str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (r, in) and B (out, r) of one hypothesis."""
+    def _new_hypotheses(self, r: int, config: MCLoraConfig) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (K, r, in) and B (K, out, r) of all hypotheses."""
+        count, perturbation = config.num_hypotheses, config.init_perturbation
+        if perturbation is None:
+            pairs = [self._new_pair(r, config.init_lora_weights) for _ in range(count)]
+            return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
+        a, b = self._new_pair(r, config.init_lora_weights)
+        return _perturbed_copies(a, count, perturbation), _perturbed_copies(b, count, perturbation)
+
+    def _new_pair(self, r: int, init: bool | str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (r, in) and B (out, r) of one hypothesis, or of what all share."""
         raise NotImplementedError
 
     def _initial_scaling(self, adapter_name: str) -> float:
@@ -183,6 +214,24 @@ class MCLoraLayer(nn.Module, BaseTunerLayer):
         """The scaled low-rank update of one adapter, of shape (rows, ..., out_features)."""
         raise NotImplementedError
 
+    def _factors(self, adapter_name: str, route: Route) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B that a call runs under, shared part and all.
+
+        Returns:
+            Of shapes (rank, in) and (out, rank) if all rows run under the same factors, else those of all hypotheses,
+            (K, rank, in) and (K, out, rank); rank is shared_r + r.
+        """
+        a, b = self.stacked_a[adapter_name], self.stacked_b[adapter_name]
+        if route.hypothesis is not None:
+            a, b = a[route.hypothesis], b[route.hypothesis]
+        elif route.mean:
+            a, b = mean_as_one(a), mean_as_one(b)
+        if adapter_name in self.shared_a:
+            shared_a, shared_b = self.shared_a[adapter_name], self.shared_b[adapter_name]
+            a = torch.cat([shared_a.expand(*a.shape[:-2], -1, -1), a], dim=-2)
+            b = torch.cat([shared_b.expand(*b.shape[:-2], -1, -1), b], dim=-1)
+        return a, b
+
     def _current_route(self) -> Route:
         route = self.routing.current
         if route is not None:
@@ -204,7 +253,7 @@ class MCLoraLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str, hypothesis: int | None = None) -> torch.Tensor:
         """The weight update of one hypothesis (the active one by default), in the layout of the base weight."""
         hypothesis = self._hypothesis_to_merge() if hypothesis is None else hypothesis
-        a, b = self.stacked_a[adapter][hypothesis], self.stacked_b[adapter][hypothesis]
+        a, b = self._factors(adapter, Route(hypothesis=hypothesis))
         dtype = b.dtype
         # Half-precision products are slow and inexact on CPU.
         if b.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
@@ -282,12 +331,21 @@ class MCLoraLayer(nn.Module, BaseTunerLayer):
         return "mclora." + super().__repr__()
 
 
+def _perturbed_copies(tensor: torch.Tensor, count: int, perturbation: float) -> torch.Tensor:
+    """`count` copies, stacked, each with normal noise of `perturbation` times the standard deviation of `tensor` added."""
+    copies = torch.stack([tensor] * count)
+    if perturbation > 0:
+        copies += perturbation * tensor.std(correction=0) * torch.randn_like(copies)
+    return copies
+
+
 class MCLoraLinear(MCLoraLayer):
     """K low-rank updates around nn.Linear, transformers' Conv1D, or any quantised linear layer."""
 
     name_a, name_b = "mclora_A", "mclora_B"
+    name_shared_a, name_shared_b = "mclora_shared_A", "mclora_shared_B"
 
-    def _new_hypothesis(self, r: int, init: bool | str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _new_pair(self, r: int, init: bool | str) -> tuple[torch.Tensor, torch.Tensor]:
         # The random draws are LoRA's, one for one: with the same seed, K = 1 starts from the very weights of plain LoRA.
         a = nn.Linear(self.in_features, r, bias=False).weight.detach()
         b = nn.Linear(r, self.out_features, bias=False).weight.detach()
@@ -300,15 +358,15 @@ class MCLoraLinear(MCLoraLayer):
         return a, b
 
     def _update(self, x: torch.Tensor, adapter_name: str, route: Route) -> torch.Tensor:
-        a, b = self.mclora_A[adapter_name], self.mclora_B[adapter_name]
+        a, b = self._factors(adapter_name, route)
         dropout, scaling = self.mclora_dropout[adapter_name], self.scaling[adapter_name]
         # Under autocast the products choose their own dtype, so a wider copy of x would be made for nothing. Dropout is
         # computed in the dtype that PEFT gives it.
         if not torch.is_autocast_enabled(x.device.type) or not isinstance(dropout, nn.Identity):
             x = self._cast_input_dtype(x, a.dtype)
         x = dropout(x)
-        if route.hypothesis is not None:
-            return F.linear(F.linear(x, a[route.hypothesis]), b[route.hypothesis]) * scaling
+        if a.dim() == 2:
+            return F.linear(F.linear(x, a), b) * scaling
         x, a, b = (_as_autocast(tensor) for tensor in (x, a, b))
         if route.runs is not None:
             update = segmented_update(route.flattened(x), a, b, route.runs, scaling)
@@ -335,8 +393,9 @@ class MCLoraEmbedding(MCLoraLayer):
     """K low-rank updates around nn.Embedding."""
 
     name_a, name_b = "mclora_embedding_A", "mclora_embedding_B"
+    name_shared_a, name_shared_b = "mclora_shared_embedding_A", "mclora_shared_embedding_B"
 
-    def _new_hypothesis(self, r: int, init: bool | str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _new_pair(self, r: int, init: bool | str) -> tuple[torch.Tensor, torch.Tensor]:
         # As in LoRA it is A that is zero: the rows of an embedding are looked up in A, and most are never seen.
         a = torch.randn(r, self.in_features)
         b = torch.randn(self.out_features, r)
@@ -350,11 +409,10 @@ class MCLoraEmbedding(MCLoraLayer):
         return True
 
     def _update(self, x: torch.Tensor, adapter_name: str, route: Route) -> torch.Tensor:
-        a, b = self.mclora_embedding_A[adapter_name], self.mclora_embedding_B[adapter_name]
+        a, b = self._factors(adapter_name, route)
         padding_idx = self.get_base_layer().padding_idx
-        if route.hypothesis is not None:
-            looked_up = F.embedding(x, a[route.hypothesis].T, padding_idx=padding_idx)
-            update = looked_up @ b[route.hypothesis].T
+        if a.dim() == 2:
+            update = F.embedding(x, a.T, padding_idx=padding_idx) @ b.T
         else:
             rows, hypotheses = self._rows(x, route)
             # One table of K * vocabulary rows; the ids of hypothesis k start at k * vocabulary.

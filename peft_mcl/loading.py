@@ -98,11 +98,13 @@ def _plain(name: str) -> str:
     return _LAYER_WRAPPERS.sub("", name).removeprefix(_WRAPPER)
 
 
-def _broken(name: str, stacked: torch.Tensor) -> str | None:
+def _broken(name: str, tensor: torch.Tensor) -> str | None:
     """The hypotheses of a stacked tensor (K, ...) that are not finite, in words."""
-    finite = torch.isfinite(stacked)
+    finite = torch.isfinite(tensor)
     if finite.all():
         return None
+    if tensor.dim() == 2:
+        return f"{name}, which all hypotheses share"
     hypotheses = (~finite).flatten(1).any(dim=1).nonzero().flatten().tolist()
     return f"hypothesis {', '.join(map(str, hypotheses))} of {name}"
 

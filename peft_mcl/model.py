@@ -33,7 +33,11 @@ class MCLoraModel(BaseTuner):
     model(**inputs, hypotheses=2)                     # B rows, hypothesis 2
     model(**inputs, hypotheses=torch.tensor([0, 2]))  # B rows, one hypothesis for each row
     model(**inputs, hypotheses="all")                 # K * B rows: row k * B + b is hypothesis k of input b
+    model(**inputs, hypotheses="mean")                # B rows, under the mean of all A and the mean of all B: see below
     ```
+
+    Under `"mean"` all hypotheses train as one, at the price of one: whatever the K, they get equal gradients, whose norm together
+    is that of the mean's. Hypotheses that start alike (`init_perturbation`) then move as one plain LoRA adapter does.
 
     Rows and routing are decided in one place, a forward pre-hook on the base model, because every path ends there: the
     calls of `PeftModel` with and without a task type, each step of `generate`, and calls of the base model itself.

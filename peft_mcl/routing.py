@@ -27,16 +27,17 @@ from peft_mcl.updates import Run
 
 ALLOWED = (
     "an int (one hypothesis for all rows), a 1-D integer tensor with one hypothesis for each row (of a packed row: for each "
-    "of its sequences), or 'all' (every hypothesis for every row)"
+    "of its sequences), 'all' (every hypothesis for every row), or 'mean' (all rows under the mean of the hypotheses)"
 )
 
 
 @dataclass(frozen=True)
 class Route:
-    """The hypothesis of each row. Exactly one of `hypothesis`, `blocks`, `index`, `decoded` and `runs` is set.
+    """The hypothesis of each row. Exactly one of `hypothesis`, `mean`, `blocks`, `index`, `decoded` and `runs` is set.
 
     Attributes:
         hypothesis (`int`): Every row belongs to this hypothesis.
+        mean (`bool`): Every row runs under the mean of all hypotheses (`updates.mean_as_one`).
         blocks (`int`): The rows are this many equal contiguous blocks; block k belongs to hypothesis k.
         decoded (`tuple[int, ...]`), num_inputs (`int`): The rows of `generate`: for each of `num_inputs` inputs one equal
             group of rows for each of these hypotheses.
@@ -47,6 +48,7 @@ class Route:
     """
 
     hypothesis: int | None = None
+    mean: bool = False
     blocks: int | None = None
     index: torch.Tensor | None = None
     decoded: tuple[int, ...] | None = None
@@ -56,7 +58,7 @@ class Route:
 
     @property
     def num_groups(self) -> int:
-        """Groups of rows, contiguous and of one size, that belong to one hypothesis each. Not for single and packed routes."""
+        """Groups of rows, contiguous and of one size, that belong to one hypothesis each. Not for packed routes and those of one hypothesis."""
         if self.decoded is not None:
             return self.num_inputs * len(self.decoded)
         if self.index is not None:
@@ -205,7 +207,7 @@ def parse_hypotheses(
     """Turn the `hypotheses` argument of a forward call into a route.
 
     Args:
-        hypotheses: An int, a 1-D integer tensor of shape (batch_size,), or `"all"`.
+        hypotheses: An int, a 1-D integer tensor of shape (batch_size,), `"all"` or `"mean"`.
         num_hypotheses (`int`): K.
         batch_size (`int`, *optional*): The rows of the call; None if they cannot be told from the inputs.
         packed_ends (`torch.Tensor`, *optional*): If the batch is one packed row, the S + 1 bounds of its sequences
@@ -215,9 +217,11 @@ def parse_hypotheses(
         ValueError: Wrong type, dtype, length or range; the message says what is allowed.
     """
     if isinstance(hypotheses, str):
-        if hypotheses != "all":
+        if hypotheses not in ("all", "mean"):
             raise ValueError(f"`hypotheses` must be {ALLOWED}, got {hypotheses!r}.")
-        return Route(hypothesis=0) if num_hypotheses == 1 else Route(blocks=num_hypotheses)
+        if num_hypotheses == 1:
+            return Route(hypothesis=0)
+        return Route(blocks=num_hypotheses) if hypotheses == "all" else Route(mean=True)
     if isinstance(hypotheses, torch.Tensor):
         if packed_ends is not None:
             bounds = _check_bounds(packed_ends)

@@ -10,6 +10,7 @@ output; with the usual powers of two it is the same bit by bit.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,6 +42,17 @@ def decoded_update(
     return update.transpose(0, 1).reshape(*x.shape[:2], -1)
 
 
+def mean_as_one(stacked: torch.Tensor) -> torch.Tensor:
+    """The mean (rows, columns) of the factors `stacked` (K, rows, columns), with which all hypotheses train as one.
+
+    Each hypothesis gets the gradient of the mean, g, as g / sqrt(K), and not the g / K of calculus. All get the same one, so
+    under AdamW, which does not mind its scale, they move alike, as far as one LoRA adapter would. Their optimizer states are
+    alike as well: when they split, nothing has to be copied, whoever holds which part of it (DDP, ZeRO, FSDP2). And the norm
+    of the K gradients together, which is clipped and logged, is that of g.
+    """
+    return _MeanAsOne.apply(stacked)
+
+
 def _middle(x: torch.Tensor, a: torch.Tensor, scaling: float) -> torch.Tensor:
     """The scaled r columns of groups (G, tokens, in) under A (G, r, in)."""
     return torch.bmm(x, a.transpose(1, 2)) * scaling
@@ -58,6 +70,18 @@ def segmented_update(
 ) -> torch.Tensor:
     """Each run of the tokens of `x` (tokens, in) under its hypothesis: (tokens, out). The runs cover all tokens in order."""
     return _SegmentedUpdate.apply(x, a, b, runs, scaling)
+
+
+class _MeanAsOne(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, stacked: torch.Tensor) -> torch.Tensor:
+        ctx.num_hypotheses = len(stacked)
+        # Hypotheses that are alike have that very mean, unrounded.
+        return stacked[0] + (stacked - stacked[0]).mean(dim=0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return (grad / math.sqrt(ctx.num_hypotheses)).expand(ctx.num_hypotheses, *grad.shape)
 
 
 class _GatheredUpdate(torch.autograd.Function):

@@ -48,8 +48,8 @@ def randomize(model: nn.Module, seed: int = 0, std: float = 0.3) -> nn.Module:
     """Give A and B of all adapters random values, so that every hypothesis computes something of its own."""
     generator = torch.Generator().manual_seed(seed)
     for layer in adapted_layers(model).values():
-        for stacked in (layer.stacked_a, layer.stacked_b):
-            for parameter in stacked.values():
+        for factors in (layer.stacked_a, layer.stacked_b, layer.shared_a, layer.shared_b):
+            for parameter in factors.values():
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return model
 
@@ -65,7 +65,7 @@ def adapt(base: nn.Module, num_hypotheses: int = 3, adapter_name: str = "default
 
 
 def merged_by_hand(base: nn.Module, model: nn.Module, hypothesis: int, adapters: Iterable[str] = ("default",)):
-    """A copy of the plain `base` with `W + scaling * B_k A_k` for its weights, differentiable in A and B of `model`.
+    """A copy of the plain `base` with `W + scaling * (B_s A_s + B_k A_k)` for its weights, differentiable in A and B of `model`.
 
     Args:
         base (`nn.Module`): The plain model, with the weights that `model` was made of.
@@ -82,11 +82,15 @@ def merged_by_hand(base: nn.Module, model: nn.Module, hypothesis: int, adapters:
         for adapter in adapters:
             if adapter in layer.stacked_a:
                 a, b = layer.stacked_a[adapter][hypothesis], layer.stacked_b[adapter][hypothesis]
-                if padding is not None:
-                    # As in LoRA, the padding row of an embedding gives no gradient to A, but it gives one to B.
-                    a = torch.where(torch.arange(a.shape[1]) == padding, a.detach(), a)
-                delta = (b @ a) * layer.scaling[adapter]
-                weight = weight + (delta.T if isinstance(target, (Conv1D, nn.Embedding)) else delta)
+                pairs = [(a, b)]
+                if adapter in layer.shared_a:
+                    pairs.append((layer.shared_a[adapter], layer.shared_b[adapter]))
+                for a, b in pairs:
+                    if padding is not None:
+                        # As in LoRA, the padding row of an embedding gives no gradient to A, but it gives one to B.
+                        a = torch.where(torch.arange(a.shape[1]) == padding, a.detach(), a)
+                    delta = (b @ a) * layer.scaling[adapter]
+                    weight = weight + (delta.T if isinstance(target, (Conv1D, nn.Embedding)) else delta)
         # A plain tensor in the place of the parameter, so that the gradient flows on to A and B.
         del target._parameters["weight"]
         target.weight = weight

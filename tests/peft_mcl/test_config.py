@@ -27,7 +27,7 @@ def test_shared_options_have_the_defaults_of_lora():
     ours, lora = MCLoraConfig().to_dict(), LoraConfig().to_dict()
     different = {name for name in ours.keys() & lora.keys() if ours[name] != lora[name]}
     assert different == {"peft_type"}
-    assert ours.keys() - lora.keys() == {"num_hypotheses", "requires"}
+    assert ours.keys() - lora.keys() == {"num_hypotheses", "shared_r", "init_perturbation", "requires"}
 
 
 @pytest.mark.parametrize(

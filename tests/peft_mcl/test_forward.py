@@ -287,7 +287,7 @@ def test_accepted_spellings_of_one(hypotheses):
     )
 
 
-ALLOWED = "`hypotheses` must be an int .*, a 1-D integer tensor with one hypothesis for each row .*, or 'all'"
+ALLOWED = "`hypotheses` must be an int .*, a 1-D integer tensor with one hypothesis for each row .*, 'all' .*, or 'mean'"
 
 
 @pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
