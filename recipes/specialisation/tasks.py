@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from recipes.data import bible, smollm2
+from recipes.data import bible, debian, smollm2
 
 
 LANGUAGES = ("fr", "de", "it", "da")
@@ -69,7 +69,7 @@ def _read(folder: Path, label: str, sizes: dict[str, int]) -> dict[str, Dataset]
 
 def _debian(languages: tuple[str, ...] = LANGUAGES, weights: tuple[float, ...] | None = None) -> Any:
     def data(seed: int) -> dict[str, Dataset]:
-        from recipes.data import debian; folder = debian.prepare_dataset(languages, weights, seed)
+        folder = debian.prepare_dataset(languages, weights, seed)
         return _read(folder, "language", {"validation": 96, "test": 400})
 
     return data
