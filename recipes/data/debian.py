@@ -32,13 +32,14 @@ from datetime import date
 from pathlib import Path
 
 from recipes.data.cache import build_once, cache_root, sha256_of
+from recipes.language import identify
 
 
 SOURCE = "en"
 TARGETS = ("fr", "de", "it", "da")
 FOLDER = "debian-summaries"
 TABLE_FOLDER, TABLE_FILE = "table", "table.jsonl"
-BUILDER_VERSION = "1"
+BUILDER_VERSION = "2"
 SPLITS = ("train", "validation", "test")
 # Of the families; large ones are never held out, so this makes about 15 and 5 % of the contexts.
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.07
@@ -48,6 +49,8 @@ APT_LINES_SHOWN = 5
 # The main archive gives about 8,000; far fewer means that most of a list is missing.
 MIN_CONTEXTS = 1_000
 
+# Most of what is above this is mostly English names; hardly any text above .5 is in the wrong language altogether.
+CLEARLY = 0.7
 SAME_WORDS = 0.7
 MAX_HELD_OUT_FAMILY = 10
 APPENDIX = re.compile(r"\s-+\s.*|\([^)]*\)")
@@ -124,7 +127,8 @@ def prepare_dataset(
 
     Raises:
         ValueError: If `languages` or `weights` make no sense.
-        RuntimeError: If this machine has no apt, or apt cannot fetch the lists, or they hold too few translations.
+        RuntimeError: If this machine has no apt, apt cannot fetch the lists, they hold too few translations, or the
+            package `py3langid` is missing.
     """
     shares = shares_of(languages, weights)
     table = prepare_table(cache_dir) / TABLE_FILE
@@ -244,7 +248,9 @@ def fetched_lists(languages: Sequence[str]) -> Iterator[tuple[dict[str, str], st
         command = ["apt-get", "indextargets", "-c", str(configuration), "--format", "\t".join(fields)]
         targets = [line.split("\t") for line in _apt([*command, "Created-By: Translations"]).splitlines()]
         files = {language: [file for tag, file, *_ in targets if tag == language] for language in languages}
-        lists = {language: _apt([str(HELPER), "cat-file", *paths]) if paths else "" for language, paths in files.items()}
+        lists = {
+            language: _apt([str(HELPER), "cat-file", *paths]) if paths else "" for language, paths in files.items()
+        }
         origin = "\n".join(f"- {site} {release}/{part}: {tag}" for tag, _, site, release, part in targets)
         yield lists, f"{origin}\n\nfetched on {date.today().isoformat()}"
 
@@ -304,15 +310,15 @@ def make_contexts(summaries: Mapping[str, Mapping[str, tuple[str, str]]]) -> lis
         targets = {language: summaries[language][key][1] for language in TARGETS}
         if source not in found and is_usable(source, targets):
             found[source] = (package, targets)
+    for source in clearly_wrong({source: targets for source, (_, targets) in found.items()}):
+        del found[source]
     sources = sorted(found)
     packages = [found[source][0] for source in sources]
     names = [hashlib.sha256(source.encode()).hexdigest()[:12] for source in sources]
     families: dict[int, str] = {}
     for members in find_families(sources, packages, [found[source][1] for source in sources]):
         families |= dict.fromkeys(members, min(names[i] for i in members))
-    return [
-        Context(names[i], packages[i], families[i], source, found[source][1]) for i, source in enumerate(sources)
-    ]
+    return [Context(names[i], packages[i], families[i], source, found[source][1]) for i, source in enumerate(sources)]
 
 
 def is_usable(source: str, targets: Mapping[str, str]) -> bool:
@@ -327,6 +333,24 @@ def is_usable(source: str, targets: Mapping[str, str]) -> bool:
     """
     texts = [_letters(text) for text in (source, *targets.values())]
     return all(texts) and len(set(texts)) == len(texts)
+
+
+def clearly_wrong(targets: Mapping[str, Mapping[str, str]]) -> set[str]:
+    """Find contexts with a translation that is in another language, English among them.
+
+    Args:
+        targets: Translations of each context, by language.
+
+    Returns:
+        The contexts with one that is identified as another language with a confidence above `CLEARLY`.
+    """
+    texts = [(key, language, text) for key, translations in targets.items() for language, text in translations.items()]
+    found = identify((text for _, _, text in texts), (SOURCE, *TARGETS))
+    return {
+        key
+        for (key, language, _), (other, confidence) in zip(texts, found, strict=True)
+        if other != language and confidence > CLEARLY
+    }
 
 
 def _letters(text: str) -> str:
@@ -486,7 +510,9 @@ def _row(context: Context, language: str) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prints the folder with one setting of the data set.")
     parser.add_argument("--languages", nargs="+", default=list(TARGETS), help="Some of fr, de, it, da.")
-    parser.add_argument("--weights", nargs="+", type=float, help="How probable each language is; default: all the same.")
+    parser.add_argument(
+        "--weights", nargs="+", type=float, help="How probable each language is; default: all the same."
+    )
     parser.add_argument("--seed", type=int, default=0, help="Of the draw of languages and of the order of the rows.")
     arguments = parser.parse_args()
     print(prepare_dataset(arguments.languages, arguments.weights, arguments.seed))
