@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import os
-import tempfile
 from pathlib import Path
 
 from datasets import disable_progress_bars
@@ -39,8 +38,9 @@ def main() -> None:
                 if path.exists():
                     continue
                 print(f"[{number + 1} of {len(cells)}] {task}, {method}, seed {seed}", flush=True)
-                with tempfile.TemporaryDirectory() as scratch:
-                    result = run_cell(TASKS[task], method, seed, Path(scratch), arguments.steps)
+                bases = root / "bases"
+                bases.mkdir(exist_ok=True)
+                result = run_cell(TASKS[task], method, seed, bases, arguments.steps)
                 partial = path.with_suffix(".partial")
                 partial.write_text(json.dumps(result), encoding="utf-8")
                 os.replace(partial, path)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 
 from peft_mcl import MCLoraConfig
 from recipes.evaluate import agreement
 from recipes.specialisation.methods import METHODS, Method
-from recipes.specialisation.tasks import TASKS, Task
+from recipes.specialisation.tasks import Task
 from trainer_ext import MCLConfig, MCLTrainer
 from trainer_ext.metrics import ScoreWindow, competition_metrics
 
@@ -28,27 +29,33 @@ DEAD_SHARE = 0.01
 LOOKS = 5
 DECODED_PROMPTS = 24
 DECODED_TOKENS = 32
+# One LoRA that is compared with K hypotheses gets, besides their ranks, that of a part that they may share.
+PLAIN_EXTRA = 8
 
 
-def run_cell(task: Task, name: str, seed: int, folder: Path, steps: int | None = None) -> dict[str, Any]:
+def run_cell(task: Task, name: str, seed: int, bases: Path, steps: int | None = None) -> dict[str, Any]:
     """Train and measure; returns everything that the report needs.
 
     Args:
         task ([`Task`]): What is learned.
         name (`str`): A name in `METHODS`.
         seed (`int`): Of the data, the first hypotheses and the order of training.
-        folder (`Path`): For what the trainer writes and for merged base models.
+        bases (`Path`): For what the trainer writes, and for base models that are trained first.
         steps (`int`, *optional*): Optimizer steps, in place of the task's.
     """
     method, data = METHODS[name], task.data(seed)
     wall, cpu = time.monotonic(), cpu_seconds()
     if method.separate:
         # K runs, each as good as the next; their scores are put side by side.
-        runs = [train(task, Method(plain=True), seed * 100 + k, data, folder, steps, r=task.r) for k in range(task.num_hypotheses)]
+        seeds = [seed * 100 + k for k in range(task.num_hypotheses)]
+        runs = [train(task, Method(plain=True), one, data, bases, steps, r=task.r) for one in seeds]
         windows = {split: side_by_side([run["windows"][split] for run in runs]) for split in runs[0]["windows"]}
-        found = {**runs[0], "windows": windows, "texts": [text for run in runs for text in run["texts"]], "looks": []}
+        texts = [text for run in runs for text in run["texts"]]
+        found = {**runs[0], "hypotheses": len(runs), "windows": windows, "texts": texts}
+        for cost in ("train_wall_seconds", "train_cpu_seconds"):
+            found[cost] = sum(run[cost] for run in runs)
     else:
-        found = train(task, method, seed, data, folder, steps)
+        found = train(task, method, seed, data, bases, steps)
     windows = found.pop("windows")
     return {
         "task": task.name,
@@ -62,31 +69,31 @@ def run_cell(task: Task, name: str, seed: int, folder: Path, steps: int | None =
     }
 
 
-def train(
+def trainer_of(
     task: Task,
     method: Method,
     seed: int,
     data: dict[str, Dataset],
-    folder: Path,
+    bases: Path,
     steps: int | None = None,
     r: int | None = None,
-) -> dict[str, Any]:
-    """One run of the trainer, the held-out scores, and what each hypothesis decodes."""
+) -> MCLTrainer:
+    """The trainer of one run. One LoRA gets the total rank of the hypotheses, unless `r` is given."""
     set_seed(seed)
     count = 1 if method.plain else task.num_hypotheses
-    total = task.num_hypotheses * task.r + 8 if method.plain and r is None else (r or task.r)
-    options = {"task_type": "CAUSAL_LM", **task.adapter, **method.adapter, "r": total}
+    rank = r or (task.num_hypotheses * task.r + PLAIN_EXTRA if method.plain else task.r)
+    adapter = {"task_type": "CAUSAL_LM", **task.adapter, **method.adapter, "r": rank}
     # The same scale at every rank.
-    options["lora_alpha"] = task.adapter["lora_alpha"] * total / task.r
+    adapter["lora_alpha"] = task.adapter["lora_alpha"] * rank / task.r
     training = {**task.training, **method.training}
     if steps is not None:
         training["max_steps"] = steps
-    plain = {split: rows.remove_columns(task.label) for split, rows in data.items()}
-    looks = Looks(plain["validation"], data["validation"][task.label], training["max_steps"] // LOOKS)
-    trainer = MCLTrainer(
-        model=base_model(task, seed, folder),
+    # Only what the trainer knows: a label must not reach it.
+    columns = data["train"].remove_columns(task.label)
+    return MCLTrainer(
+        model=base_model(task, seed, bases),
         args=MCLConfig(
-            output_dir=str(folder / "trainer"),
+            output_dir=tempfile.mkdtemp(dir=bases, prefix="run-"),
             seed=seed,
             use_cpu=not torch.cuda.is_available(),
             report_to=[],
@@ -96,49 +103,75 @@ def train(
             card_prompts=0,
             **training,
         ),
-        train_dataset=plain["train"],
-        peft_config=MCLoraConfig(num_hypotheses=count, **options),
-        callbacks=[looks],
+        train_dataset=columns,
+        peft_config=MCLoraConfig(num_hypotheses=count, **adapter),
     )
-    looks.trainer = trainer
-    started, cpu = time.monotonic(), cpu_seconds()
+
+
+def train(
+    task: Task,
+    method: Method,
+    seed: int,
+    data: dict[str, Dataset],
+    bases: Path,
+    steps: int | None = None,
+    r: int | None = None,
+) -> dict[str, Any]:
+    """One run of the trainer, the held-out scores, and what each hypothesis decodes."""
+    trainer = trainer_of(task, method, seed, data, bases, steps, r)
+    trainer.remove_callback(PrinterCallback)
+    held_out = {split: data[split].remove_columns(task.label) for split in ("validation", "test")}
+    looks = Looks(trainer, held_out["validation"], data["validation"][task.label])
+    trainer.add_callback(looks)
+    wall, cpu = time.monotonic(), cpu_seconds()
     trainer.train()
-    spent = {"train_wall_seconds": time.monotonic() - started, "train_cpu_seconds": cpu_seconds() - cpu}
-    windows = {split: trainer.score(plain[split]) for split in ("validation", "test")}
+    spent = {"train_wall_seconds": time.monotonic() - wall, "train_cpu_seconds": cpu_seconds() - cpu}
+    config = trainer.model.peft_config["default"]
     return {
         "steps": trainer.state.global_step,
-        "rank": total,
-        "hypotheses": count,
+        "rank": config.r + config.shared_r,
+        "hypotheses": config.num_hypotheses,
         **spent,
         "logs": [log for log in trainer.state.log_history if "loss" in log],
         "looks": looks.found,
-        "windows": windows,
-        "texts": decode(trainer, plain["test"]) if "prompt" in plain["test"].column_names else [],
+        "windows": {split: trainer.score(rows) for split, rows in held_out.items()},
+        "texts": decode(trainer, held_out["test"]) if "prompt" in held_out["test"].column_names else [],
     }
 
 
 class Looks(TrainerCallback):
     """Compares winners with modes a few times during training."""
 
-    trainer: MCLTrainer
-
-    def __init__(self, rows: Dataset, modes: list[str], every: int) -> None:
-        self.rows, self.modes, self.every = rows, modes, max(every, 1)
+    def __init__(self, trainer: MCLTrainer, rows: Dataset, modes: list[str]) -> None:
+        self.trainer, self.rows, self.modes = trainer, rows, modes
         self.found: list[dict[str, Any]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0:
+        if self.trainer.model.num_hypotheses > 1 and state.global_step % -(-state.max_steps // LOOKS) == 0:
             window = self.trainer.score(self.rows)
-            agreed = agreement(self.modes, window.winners, window.scores.shape[1])
-            self.found.append({"step": state.global_step, **agreed})
+            self.found.append(
+                {"step": state.global_step, **agreement(self.modes, window.winners, window.scores.shape[1])}
+            )
 
 
-def base_model(task: Task, seed: int, folder: Path) -> Any:
-    """The base model of a task, in bfloat16; with `trained_base`, one into which a LoRA of the mixture is merged."""
-    model = AutoModelForCausalLM.from_pretrained(task.model(seed), dtype=torch.bfloat16)
+def base_model(task: Task, seed: int, bases: Path) -> Any:
+    """The base model of a task; with `trained_base`, one into which a LoRA of the mixture is merged, kept in `bases`."""
+    dtype = torch.bfloat16 if task.training["bf16"] else torch.float32
     if not task.trained_base:
-        return model
-    raise NotImplementedError
+        return AutoModelForCausalLM.from_pretrained(task.model(seed), dtype=dtype)
+    merged = bases / f"{task.name}.seed{seed}"
+    with FileLock(f"{merged}.lock"):
+        if not merged.exists():
+            first = replace(task, trained_base=False)
+            trainer = trainer_of(first, Method(plain=True), seed, first.data(seed), bases)
+            trainer.train()
+            # In float32: an update is lost in the rounding of bfloat16 weights.
+            model = trainer.model.float().merge_and_unload()
+            partial = Path(f"{merged}.partial")
+            model.save_pretrained(partial)
+            AutoTokenizer.from_pretrained(task.model(seed)).save_pretrained(partial)
+            os.replace(partial, merged)
+    return AutoModelForCausalLM.from_pretrained(merged, dtype=dtype)
 
 
 def side_by_side(windows: list[ScoreWindow]) -> ScoreWindow:

@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from recipes.data import bible, debian, smollm2
+from recipes.data import bible, debian, markov, smollm2
 
 
 LANGUAGES = ("fr", "de", "it", "da")
@@ -23,10 +23,11 @@ class Task:
     Args:
         name: Its name.
         data: Makes the splits `train`, `validation` and `test` for a seed.
-        model: The folder of the base model.
+        model: The folder of the base model for a seed.
         label: The column with the known mode.
         num_hypotheses: K.
         r: Rank of each hypothesis.
+        adapter: Options of MCLoraConfig.
         training: Options of MCLConfig.
         language: Whether each mode is a language, so that decoded text tells what a hypothesis has become.
         trained_base: Merge one LoRA, trained on the same mixture, into the base model first.
@@ -37,7 +38,7 @@ class Task:
     model: Callable[[int], str]
     label: str
     num_hypotheses: int
-    r: int = 8
+    r: int
     adapter: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     language: bool = False
@@ -83,51 +84,70 @@ def _smollm2(seed: int) -> str:
     return str(smollm2.prepare_model())
 
 
+def _markov(name: str, priors: tuple[float, ...] | None = None) -> Any:
+    def data(seed: int) -> dict[str, Dataset]:
+        folder = markov.prepare_dataset(markov.CHAINS[name], priors, seed=seed)
+        splits = {
+            split: [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+            for split in ("train", "test")
+        }
+        rows = {"train": splits["train"], "validation": splits["test"][:512], "test": splits["test"][512:]}
+        return {
+            split: Dataset.from_list(
+                [{"input_ids": row["input_ids"], "labels": row["input_ids"], "chain": row["chain"]} for row in part]
+            )
+            for split, part in rows.items()
+        }
+
+    return data
+
+
+def _neo(seed: int) -> str:
+    return str(markov.random_neo(seed))
+
+
+NEO = {
+    "max_steps": 501,
+    "per_device_train_batch_size": 128,
+    "per_device_eval_batch_size": 256,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "cosine",
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
+NEO_ADAPTER = {"lora_alpha": 64, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}
+
+
+def _languages(
+    name: str, num_hypotheses: int = 4, steps: int = 300, trained_base: bool = False, **setting: Any
+) -> Task:
+    training = {**SMOLLM2, "max_steps": steps}
+    data = _debian(**setting)
+    return Task(
+        name, data, _smollm2, "language", num_hypotheses, 8, ADAPTER, training, language=True, trained_base=trained_base
+    )
+
+
+def _chains(name: str, num_hypotheses: int, trained_base: bool = False, **setting: Any) -> Task:
+    return Task(
+        name, _markov(**setting), _neo, "chain", num_hypotheses, 64, NEO_ADAPTER, NEO, trained_base=trained_base
+    )
+
+
 TASKS = {
     task.name: task
     for task in [
-        Task("languages", _debian(), _smollm2, "language", 4, adapter=ADAPTER, training={**SMOLLM2, "max_steps": 300}, language=True),
-        Task("styles", _bible, _smollm2, "version", 3, adapter=ADAPTER, training={**SMOLLM2, "max_steps": 200}),
-        Task(
-            "unequal languages",
-            _debian(weights=(0.7, 0.1, 0.1, 0.1)),
-            _smollm2,
-            "language",
-            4,
-            adapter=ADAPTER,
-            training={**SMOLLM2, "max_steps": 300},
-            language=True,
-        ),
-        Task(
-            "8 hypotheses",
-            _debian(),
-            _smollm2,
-            "language",
-            8,
-            adapter=ADAPTER,
-            training={**SMOLLM2, "max_steps": 300},
-            language=True,
-        ),
-        Task(
-            "trained base",
-            _debian(),
-            _smollm2,
-            "language",
-            4,
-            adapter=ADAPTER,
-            training={**SMOLLM2, "max_steps": 150},
-            language=True,
-            trained_base=True,
-        ),
-        Task(
-            "one language",
-            _debian(("de",)),
-            _smollm2,
-            "language",
-            4,
-            adapter=ADAPTER,
-            training={**SMOLLM2, "max_steps": 300},
-            language=True,
-        ),
+        _languages("languages"),
+        Task("styles", _bible, _smollm2, "version", 3, 8, ADAPTER, {**SMOLLM2, "max_steps": 200}),
+        _languages("unequal languages", weights=(0.7, 0.1, 0.1, 0.1)),
+        _languages("one language", languages=("de",)),
+        _languages("8 hypotheses", num_hypotheses=8),
+        _languages("trained base", steps=150, trained_base=True),
+        _chains("chains 1", 2, name="transition1"),
+        _chains("chains 2", 2, name="transition2"),
+        _chains("three chains", 3, name="three"),
+        _chains("unequal chains", 2, name="transition1", priors=(0.9, 0.1)),
+        _chains("chains, 4 hypotheses", 4, name="transition1"),
+        _chains("chains, trained base", 2, trained_base=True, name="transition1"),
     ]
 }
