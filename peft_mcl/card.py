@@ -327,6 +327,10 @@ def _adapter(config: MCLoraConfig) -> str:
         + (" (rank-stabilised)" if config.use_rslora else ""),
         "adapted modules": _targets(config.target_modules),
     }
+    if config.shared_r:
+        rows["rank of the part that all hypotheses share"] = (
+            f"{config.shared_r} (exported: {config.shared_r} more than r)"
+        )
     for name in ("rank_pattern", "alpha_pattern"):
         if getattr(config, name):
             rows[name.replace("_", " ")] = f"`{json.dumps(getattr(config, name))}`"

@@ -77,6 +77,7 @@ _FROM_LORA = (
     (re.compile(r"\blora_([AB])\.weight$"), r"mclora_\1"),
     (re.compile(r"\blora_embedding_([AB])$"), r"mclora_embedding_\1"),
 )
+_SHARED = re.compile(r"\bmclora_shared_(?=(embedding_)?[AB]$)")
 _IS_B = re.compile(r"\bmclora_(embedding_)?B$")
 _HYPOTHESIS_FOLDER = re.compile(r"hypothesis_(\d+)")
 PREFIX = "base_model.model."
@@ -114,6 +115,9 @@ def export_hypotheses(
 ) -> list[Path]:
     """Write every hypothesis as an ordinary PEFT LoRA adapter, for plain PEFT, vLLM, SGLang or LoRAX.
 
+    A part that the hypotheses share becomes a part of each: the adapters then have the rank shared_r + r, and an alpha that
+    leaves the scale as it is.
+
     Args:
         model ([`peft.PeftModel`], `transformers.PreTrainedModel`, `str` or `PathLike`): A model with an MCLORA adapter; or a
             saved MCLORA adapter: a folder, or on the Hub `user/name`, `user/name/folder` or `user/name/folder@revision`. The
@@ -146,7 +150,9 @@ def export_hypotheses(
             fan_in_fan_out=any(m.fan_in_fan_out for m in model.modules() if isinstance(m, MCLoraLayer)),
             auto_mapping=None if config.task_type else auto_mapping,
         )
-    _check_stacked(config.num_hypotheses, state)
+    _check_stacked(config, state)
+    if config.shared_r:
+        lora, state = _join_shared(lora, state, config.shared_r)
     if portable:
         lora, state = _fold(lora, state)
 
@@ -182,8 +188,9 @@ def _read_hypotheses(source: SavedAdapter) -> tuple[MCLoraConfig, dict[str, torc
     return config, source.read_weights()
 
 
-def _check_stacked(num_hypotheses: int, state: dict[str, torch.Tensor]) -> None:
-    """Raise a ValueError unless there are parameters of K hypotheses, and nothing less."""
+def _check_stacked(config: MCLoraConfig, state: dict[str, torch.Tensor]) -> None:
+    """Raise a ValueError unless there are parameters of K hypotheses and of what they share, and nothing less."""
+    num_hypotheses = config.num_hypotheses
     stacked = {key: tuple(tensor.shape) for key, tensor in state.items() if _rename(key, _TO_LORA)}
     problems = [
         f"{key} has the shape {shape}"
@@ -196,6 +203,20 @@ def _check_stacked(num_hypotheses: int, state: dict[str, torch.Tensor]) -> None:
         "one (if the weights are sharded over processes, save the model and export the saved adapter), but",
         problems if stacked else ["there is none"],
     )
+    shared = {_SHARED.sub("mclora_", key): tuple(tensor.shape) for key, tensor in state.items() if _SHARED.search(key)}
+    wanted = {
+        key: (rows, config.shared_r) if _IS_B.search(key) else (config.shared_r, columns)
+        for key, (_, rows, columns) in stacked.items()
+        if config.shared_r
+    }
+    refuse(
+        f"`model`: the parts that all hypotheses share do not fit `shared_r={config.shared_r}`:",
+        [
+            f"that of {key} is {shared.get(key, 'missing')}, and has to be {wanted.get(key, 'absent')}"
+            for key in sorted({*wanted, *shared})
+            if shared.get(key) != wanted.get(key)
+        ],
+    )
 
 
 def _lora_config(config: MCLoraConfig, fan_in_fan_out: bool, auto_mapping: dict[str, str] | None) -> LoraConfig:
@@ -203,20 +224,60 @@ def _lora_config(config: MCLoraConfig, fan_in_fan_out: bool, auto_mapping: dict[
     return LoraConfig(**options, fan_in_fan_out=fan_in_fan_out, inference_mode=True, auto_mapping=auto_mapping)
 
 
+def _join_shared(
+    lora: LoraConfig, state: dict[str, torch.Tensor], shared_r: int
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """The same adapter without a shared part, which becomes the first ranks of every hypothesis."""
+
+    def grown(alpha: float, r: int) -> float:
+        # What gives the rank shared_r + r the scale that `alpha` gives the rank r.
+        alpha = alpha * math.sqrt((shared_r + r) / r) if lora.use_rslora else alpha * (shared_r + r) / r
+        return int(alpha) if alpha == int(alpha) else alpha
+
+    joined = {key: tensor for key, tensor in state.items() if not _SHARED.search(key)}
+    for key in state.keys() - joined.keys():
+        own = _SHARED.sub("mclora_", key)
+        shared = state[key].expand(len(joined[own]), -1, -1)
+        joined[own] = torch.cat([shared, joined[own]], dim=2 if _IS_B.search(own) else 1)
+
+    alphas = {pattern: grown(alpha, lora.r) for pattern, alpha in lora.alpha_pattern.items()}
+    if lora.rank_pattern:
+        # How alpha grows depends on the rank, so each module gets its own.
+        ranks = {
+            _module_of(key): state[key].shape[1] for key in joined if _rename(key, _TO_LORA) and not _IS_B.search(key)
+        }
+        alphas = {"^" + re.escape(module): grown(_alpha_of(lora, module), r) for module, r in ranks.items()}
+    options = {
+        "r": lora.r + shared_r,
+        "lora_alpha": grown(lora.lora_alpha, lora.r),
+        "rank_pattern": {pattern: r + shared_r for pattern, r in lora.rank_pattern.items()},
+        "alpha_pattern": alphas,
+    }
+    return replace(lora, **options), joined
+
+
+def _module_of(key: str) -> str:
+    """The module of a parameter of the adapters, by its name in the base model."""
+    name = _rename(key, _TO_LORA) or key
+    # `lora_embedding_A` or `lora_A.weight`, and so for B.
+    return re.sub(r"\.lora_.*$", "", name.removeprefix(PREFIX))
+
+
+def _alpha_of(lora: LoraConfig, module: str) -> float:
+    return lora.alpha_pattern.get(get_pattern_key(lora.alpha_pattern.keys(), module), lora.lora_alpha)
+
+
 def _fold(lora: LoraConfig, state: dict[str, torch.Tensor]) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """The same adapter with one rank, and a scale of one, for all modules."""
-    names = {key: renamed for key in state if (renamed := _rename(key, _TO_LORA))}
-    # `lora_embedding_A` or `lora_A.weight`, and so for B.
-    modules = {key: re.sub(r"\.lora_.*$", "", name.removeprefix(PREFIX)) for key, name in names.items()}
-    rank = max(state[key].shape[1] for key in names if not _IS_B.search(key))
+    modules = {key: _module_of(key) for key in state if _rename(key, _TO_LORA)}
+    rank = max(state[key].shape[1] for key in modules if not _IS_B.search(key))
     folded = dict(state)
     for key, module in modules.items():
         tensor = state[key]
         # A is (K, r, in), B is (K, out, r).
         if _IS_B.search(key):
             r = tensor.shape[2]
-            alpha = lora.alpha_pattern.get(get_pattern_key(lora.alpha_pattern.keys(), module), lora.lora_alpha)
-            scale = alpha / (math.sqrt(r) if lora.use_rslora else r)
+            scale = _alpha_of(lora, module) / (math.sqrt(r) if lora.use_rslora else r)
             folded[key] = torch.nn.functional.pad((tensor.float() * scale).to(tensor.dtype), (0, rank - r))
         else:
             folded[key] = torch.nn.functional.pad(tensor, (0, 0, 0, rank - tensor.shape[1]))

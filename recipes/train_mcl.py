@@ -43,6 +43,16 @@ class HypothesisArguments:
     """The options that LoRA alone does not have."""
 
     num_hypotheses: int = field(default=3, metadata={"help": "Number of LoRA hypotheses (K)."})
+    shared_r: int = field(
+        default=0, metadata={"help": "Rank of a part of the update that all hypotheses share; 0 for none."}
+    )
+    init_perturbation: float | None = field(
+        default=None,
+        metadata={
+            "help": "Start all hypotheses alike but for noise of this size, relative to their weights: random ones (without the "
+            "option each has its own), or those of one init adapter (0.1 without the option)."
+        },
+    )
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "A local file to evaluate on, where `dataset_name` is a file too."}
     )
@@ -52,9 +62,6 @@ class HypothesisArguments:
             "help": "Ordinary LoRA adapters to start from, folders or 'user/name[/folder][@revision]': one, or K. Rank, alpha "
             "and targets are theirs; the LoRA options of this command are not used."
         },
-    )
-    init_perturbation: float = field(
-        default=0.1, metadata={"help": "How much the K copies of one init adapter differ, relative to its weights."}
     )
 
 
@@ -141,6 +148,8 @@ def peft_config(model_args: ModelConfig, hypothesis_args: HypothesisArguments) -
             raise ValueError(f"`{name}` is not supported: each hypothesis is plain LoRA. Leave the option out.")
     return MCLoraConfig(
         num_hypotheses=hypothesis_args.num_hypotheses,
+        shared_r=hypothesis_args.shared_r,
+        init_perturbation=hypothesis_args.init_perturbation,
         task_type=model_args.lora_task_type,
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
@@ -154,9 +163,20 @@ def peft_config(model_args: ModelConfig, hypothesis_args: HypothesisArguments) -
 def warm_start(model_args: ModelConfig, training_args: MCLConfig, hypothesis_args: HypothesisArguments) -> PeftModel:
     """The base model with hypotheses made of ordinary LoRA adapters."""
     adapters, count = hypothesis_args.init_adapters or [], hypothesis_args.num_hypotheses
+    perturbation = hypothesis_args.init_perturbation
+    if hypothesis_args.shared_r:
+        raise ValueError(
+            f"`shared_r={hypothesis_args.shared_r}` cannot be used with `init_adapters`: ordinary LoRA adapters have no shared "
+            "part. Leave one of them out."
+        )
     if len(adapters) not in (1, count):
         raise ValueError(
             f"`init_adapters` names {len(adapters)} adapters: give 1, or one for each of {count} hypotheses."
+        )
+    if len(adapters) > 1 and perturbation is not None:
+        raise ValueError(
+            f"`init_perturbation={perturbation}` cannot be used with {len(adapters)} `init_adapters`: each hypothesis starts from "
+            "its own. Leave the option out, or name one adapter."
         )
     options = training_args.model_init_kwargs or {}
     # As the trainer loads it, which places it on its device.
@@ -165,7 +185,8 @@ def warm_start(model_args: ModelConfig, training_args: MCLConfig, hypothesis_arg
         **{**options, "quantization_config": quantization_config(model_args), "device_map": None},
     )
     if len(adapters) == 1:
-        return split_lora_adapter(base, adapters[0], count, hypothesis_args.init_perturbation, seed=training_args.seed)
+        perturbation = 0.1 if perturbation is None else perturbation
+        return split_lora_adapter(base, adapters[0], count, perturbation, seed=training_args.seed)
     return from_lora_adapters(base, adapters, is_trainable=True)
 
 

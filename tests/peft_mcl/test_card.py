@@ -59,6 +59,7 @@ def test_a_card_of_a_model_that_was_not_trained_here(hub):
         ({}, "the default of the architecture"),
         ({"rank_pattern": {"q_proj": 2}}, '`{"q_proj": 2}`'),
         ({"use_rslora": True}, "rank-stabilised"),
+        ({"shared_r": 5}, "| rank of the part that all hypotheses share | 5 (exported: 5 more than r) |"),
         ({"bias": "all"}, "biases"),
         ({"num_hypotheses": 1}, "1 LoRA hypothesis on"),
         ({"task_type": "SEQ_2_SEQ_LM"}, "AutoModelForSeq2SeqLM.from_pretrained"),

@@ -19,8 +19,8 @@ BASES = {
     "gemma3": lambda: tiny_gemma3().double(),
     "t5": lambda: tiny_t5(dropout_rate=0.0).double(),
 }
-CHOICES = {"plain": None, "int": 1, "other int": 2, "all": "all", "index": torch.tensor([2, 0])}
-PAIRS = [("int", "other int"), ("int", "all"), ("all", "index"), ("index", "plain"), ("all", "all")]
+CHOICES = {"plain": None, "int": 1, "other int": 2, "all": "all", "index": torch.tensor([2, 0]), "mean": "mean"}
+PAIRS = [("int", "other int"), ("int", "all"), ("all", "index"), ("index", "plain"), ("all", "all"), ("mean", "all")]
 
 
 def inputs_of(model):
@@ -62,7 +62,7 @@ def count_calls(model):
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @pytest.mark.parametrize("name", BASES)
 def test_two_routes_before_backward(name, reentrant, pair):
-    model = adapt(BASES[name]()).train()
+    model = adapt(BASES[name](), shared_r=2 if "mean" in pair else 0).train()
     expected = gradients_of_two(model, *(CHOICES[choice] for choice in pair))
 
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})

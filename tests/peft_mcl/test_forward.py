@@ -119,6 +119,7 @@ MODELS = {
     "llama, one layer": (tiny_llama, {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]}),
     "llama, rslora": (tiny_llama, {"target_modules": "all-linear", "use_rslora": True}),
     "llama, learned bias": (tiny_llama, {"target_modules": ["q_proj"], "bias": "all"}),
+    "llama, shared part": (tiny_llama, {"target_modules": EVERY_KIND, "shared_r": 2, "rank_pattern": {"q_proj": 3}}),
     "gpt2": (tiny_gpt2, {"target_modules": EVERY_KIND, "bias": "lora_only"}),
     "gemma3": (tiny_gemma3, {"target_modules": EVERY_KIND}),
     "t5": (tiny_t5, {"target_modules": EVERY_KIND}),
@@ -148,11 +149,12 @@ def test_equals_brute_force(name, kind):
     padding=st.sampled_from([None, "left", "right"]),
     seed=st.integers(0, 1000),
     embeds=st.booleans(),
+    shared_r=st.integers(0, 2),
     data=st.data(),
 )
-def test_equals_brute_force_for_any_shape(num_hypotheses, rows, length, padding, seed, embeds, data):
+def test_equals_brute_force_for_any_shape(num_hypotheses, rows, length, padding, seed, embeds, shared_r, data):
     base = double(tiny_llama)
-    model = adapt(copy.deepcopy(base), num_hypotheses=num_hypotheses, r=2)
+    model = adapt(copy.deepcopy(base), num_hypotheses=num_hypotheses, r=2, shared_r=shared_r)
     inputs = batch(rows, length, seed, padding)
     if embeds:
         ids = inputs.pop("input_ids")
@@ -168,12 +170,13 @@ def test_equals_brute_force_for_any_shape(num_hypotheses, rows, length, padding,
     rows=st.integers(1, 4),
     length=st.integers(1, 6),
     seed=st.integers(0, 1000),
+    shared_r=st.integers(0, 2),
     data=st.data(),
 )
-def test_a_module_without_config_equals_brute_force(num_hypotheses, rows, length, seed, data):
+def test_a_module_without_config_equals_brute_force(num_hypotheses, rows, length, seed, shared_r, data):
     base = plain_net().double()
     options = {"target_modules": ["embedding", "hidden", "head"], "rank_pattern": {"hidden": 1}, "lora_alpha": 5}
-    model = adapt(copy.deepcopy(base), num_hypotheses=num_hypotheses, **options)
+    model = adapt(copy.deepcopy(base), num_hypotheses=num_hypotheses, shared_r=shared_r, **options)
     index = data.draw(st.lists(st.integers(0, num_hypotheses - 1), min_size=rows, max_size=rows))
     ids = torch.randint(
         0, 4, (rows, length), generator=torch.Generator().manual_seed(seed)
@@ -287,7 +290,9 @@ def test_accepted_spellings_of_one(hypotheses):
     )
 
 
-ALLOWED = "`hypotheses` must be an int .*, a 1-D integer tensor with one hypothesis for each row .*, 'all' .*, or 'mean'"
+ALLOWED = (
+    "`hypotheses` must be an int .*, a 1-D integer tensor with one hypothesis for each row .*, 'all' .*, or 'mean'"
+)
 
 
 @pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])

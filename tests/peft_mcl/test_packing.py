@@ -43,6 +43,7 @@ MODELS = {
     "llama": lambda: with_hypotheses(tiny_llama()),
     "gpt2": lambda: with_hypotheses(tiny_gpt2()),
     "embeddings": lambda: with_hypotheses(tiny_llama(), target_modules=["embed_tokens", "q_proj", "down_proj"]),
+    "shared part": lambda: with_hypotheses(tiny_llama(), shared_r=2, target_modules=["embed_tokens", "q_proj"]),
 }
 
 

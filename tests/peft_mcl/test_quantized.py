@@ -172,6 +172,20 @@ def test_gradients_are_right_whatever_was_called_first(directory, quantisation, 
         assert_same_gradients(actual, expected, relative=1e-3)
 
 
+def test_a_shared_part_and_the_mean(directory):
+    base = load(directory, "nf4")
+    plain = dequantised(base, directory)
+    model = adapt(base, target_modules=TARGETS, shared_r=2)
+    assert_same_gradients(train_step(model), reference_gradients(plain, model), relative=1e-3)
+    # Of hypotheses that are alike, the mean is each of them.
+    for layer in adapted_layers(model).values():
+        for stacked in (layer.stacked_a["default"], layer.stacked_b["default"]):
+            stacked.data[:] = stacked.data[0]
+    with torch.no_grad():
+        expected = merged_by_hand(plain, model, 0)(**batch()).logits
+        assert_close(model(**batch(), hypotheses="mean").logits, expected, "nf4")
+
+
 @pytest.mark.parametrize("way", ["loaded", "second adapter", "copied", "base in training mode"])
 def test_gradients_after_scoring_are_right_however_the_adapter_came(directory, tmp_path, way):
     """Every 4-bit layer is guarded, those without an adapter too: the gradient goes through them."""

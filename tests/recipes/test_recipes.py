@@ -270,6 +270,29 @@ def test_a_wrong_number_of_adapters_to_start_from(workplace, tmp_path):
         train_mcl.warm_start(ModelConfig(), training_arguments(tmp_path), arguments)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_adapters": ["a"], "shared_r": 2}, "`shared_r=2` cannot be used with `init_adapters`"),
+        (
+            {"init_adapters": ["a", "b"], "init_perturbation": 0.0},
+            "`init_perturbation=0.0` cannot be used with 2 `init_adapters`",
+        ),
+    ],
+)
+def test_options_that_adapters_to_start_from_have_no_use_for(tmp_path, options, message):
+    arguments = train_mcl.HypothesisArguments(num_hypotheses=2, **options)
+    with pytest.raises(ValueError, match=message):
+        train_mcl.warm_start(ModelConfig(), training_arguments(tmp_path), arguments)
+
+
+def test_the_options_of_hypotheses_reach_the_adapter():
+    arguments = train_mcl.HypothesisArguments(num_hypotheses=4, shared_r=2, init_perturbation=0.3)
+    config = train_mcl.peft_config(ModelConfig(lora_r=5), arguments)
+    assert (config.num_hypotheses, config.r, config.shared_r, config.init_perturbation) == (4, 5, 2, 0.3)
+    assert train_mcl.peft_config(ModelConfig(), train_mcl.HypothesisArguments()).init_perturbation is None
+
+
 def test_an_unknown_option_in_yaml_is_named(workplace, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("num_hypotheses: 2\nnumber_of_beams: 3\n")
