@@ -243,14 +243,8 @@ def test_a_warm_start_from_the_command_line(workplace, trained, tmp_path, count)
     arguments = ["--model_name_or_path", str(workplace / "model"), "--dataset_name", str(workplace / "data.jsonl")]
     arguments += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "False", "--report_to", "none"]
     arguments += ["--max_steps", "2", "--learning_rate", "1e-6", "--num_hypotheses", "2", "--save_hypotheses", "True"]
-    arguments += [
-        "--gradient_checkpointing",
-        "False",
-        "--init_perturbation",
-        "0.2",
-        "--init_adapters",
-        *adapters[:count],
-    ]
+    arguments += ["--gradient_checkpointing", "False", "--init_adapters", *adapters[:count]]
+    arguments += ["--init_perturbation", "0.2"] if count == 1 else []
     parser = TrlParser((ScriptArguments, MCLConfig, ModelConfig, train_mcl.HypothesisArguments))
     train_mcl.main(*parser.parse_args_and_config(arguments))
     start = AutoPeftModelForCausalLM.from_pretrained(trained).state_dict()
