@@ -128,9 +128,9 @@ def _languages(
     )
 
 
-def _chains(name: str, num_hypotheses: int, trained_base: bool = False, **setting: Any) -> Task:
+def _chains(title: str, num_hypotheses: int, trained_base: bool = False, **setting: Any) -> Task:
     return Task(
-        name, _markov(**setting), _neo, "chain", num_hypotheses, 64, NEO_ADAPTER, NEO, trained_base=trained_base
+        title, _markov(**setting), _neo, "chain", num_hypotheses, 64, NEO_ADAPTER, NEO, trained_base=trained_base
     )
 
 
