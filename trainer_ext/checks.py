@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 
 from peft_mcl import MCLoraConfig
+from trainer_ext.config import MCLConfig
 
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,22 @@ def check_model(model: Any, peft_config: PeftConfig | None) -> None:
             )
     elif peft_config is None:
         raise ValueError(f"`model` is not an MCLORA model and there is no `peft_config`. {advice}")
+
+
+def check_start(model: Any, peft_config: PeftConfig | None, args: MCLConfig) -> None:
+    """Raise a ValueError if the hypotheses cannot be trained as the arguments say; `check_model` comes first."""
+    config = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else peft_config
+    count = config.num_hypotheses
+    if args.together_fraction and count > 1 and config.init_perturbation is None:
+        raise ValueError(
+            f"`together_fraction={args.together_fraction!r}` trains the mean of the hypotheses, and hypotheses with random "
+            "matrices of their own have no meaningful one. Let them start almost alike: `MCLoraConfig(init_perturbation=0.1)`."
+        )
+    shares = args.target_shares
+    if args.objective == "balanced" and not isinstance(shares, str) and len(shares) != count:
+        raise ValueError(
+            f"`target_shares` has {len(shares)} numbers ({shares}), but there are {count} hypotheses: give one for each."
+        )
 
 
 def check_trainable(model: Any) -> None:

@@ -125,6 +125,7 @@ class MCLTrainer(SavingTrainer):
         launches.check_launch(args.world_size, args.n_gpu)
         launches.check_compiler(args)
         checks.check_model(model, peft_config)
+        checks.check_start(model, peft_config, args)
         if compute_loss_func is not None:
             raise ValueError(
                 "`compute_loss_func` is not supported by MCLTrainer: the loss is the weighted sum of the likelihoods of the "
