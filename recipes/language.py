@@ -29,6 +29,7 @@ def identify(texts: Iterable[str], candidates: Sequence[str]) -> list[tuple[str,
         ValueError: If there are fewer than two candidates, or the model does not know one of them.
     """
     identifier = _load()
+    identifier.set_languages(None)  # all of them, not those of the last call
     unknown = sorted(set(candidates) - set(identifier.labels))
     if isinstance(candidates, str) or len(set(candidates)) < 2 or unknown:
         raise ValueError(

@@ -56,8 +56,9 @@ MAX_HELD_OUT_FAMILY = 10
 APPENDIX = re.compile(r"\s-+\s.*|\([^)]*\)")
 # Parts of package names that say what kind of package it is, not whose.
 GENERIC_PARTS = frozenset(
-    "aspell bioc cl cran debian driver education elpa fonts games gambas3 gir golang gstreamer haskell hunspell junior "
-    "libapache2 med mod myspell node perl php printer python r ruby science task ttf wordlist xfonts".split()
+    {"aspell", "bioc", "cl", "cran", "debian", "driver", "education", "elpa", "fonts", "games", "gambas3", "gir"}
+    | {"golang", "gstreamer", "haskell", "hunspell", "junior", "libapache2", "med", "mod", "myspell", "node", "perl"}
+    | {"php", "printer", "python", "r", "ruby", "science", "task", "ttf", "wordlist", "xfonts"}
 )
 
 # #clear: what the machine's own configuration says about these would be added to.

@@ -399,6 +399,24 @@ def test_prepare_dataset_writes_the_same_bytes_again(tmp_path, capsys, splits):
     assert "train.jsonl has" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("fake_wheels")
+def test_one_style_is_the_same_verses_without_modes(tmp_path, splits):
+    folder = bible.prepare_dataset(tmp_path, styles=["wyc"])
+    assert folder.name == "bible-styles-wyc"
+    assert bible.prepare_dataset(tmp_path, styles=list(reversed(bible.TARGETS))).name == bible.FOLDER
+    for split, expected in splits.items():
+        rows = read_rows(folder / f"{split}.jsonl")
+        assert {row["version"] for row in rows} == {"wyc"}
+        assert {row["reference"] for row in rows} >= {row["reference"] for row in expected}
+        assert len({row["reference"] for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("styles", ["wyc", [], ["web"], ["wyc", "wyc"]])
+def test_styles_that_are_not_there_are_refused(tmp_path, styles):
+    with pytest.raises(ValueError, match="`styles` has to be a list of some of bbe, tyn, wyc"):
+        bible.prepare_dataset(tmp_path, styles=styles)
+
+
 # --- the model, from a made-up GGUF file ---
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections import Counter, defaultdict
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ SUMMARIES = [
     ("wdiff", "Compares two files word by word", "Compare deux fichiers mots par mots",
      "Vergleicht zwei Dateien Wort für Wort", "comparazione di due file parola per parola",
      "Sammenligner to filer ord for ord"),
-    ("qiv", "Quick image viewer for X", "visualisateur rapide d’images pour X", "Schneller Bildbetrachter für X",
+    ("qiv", "Quick image viewer for X", "visualisateur rapide d'images pour X", "Schneller Bildbetrachter für X",
      "veloce visualizzatore di immagini per X", "Hurtig billedfremviser for X"),
     ("bogofilter-bdb", "fast Bayesian spam filter (Berkeley DB)", "filtre bayésien rapide pour pourriels (Berkeley DB)",
      "Schneller bayesscher Spamfilter (Berkeley DB)", "filtro bayesiano veloce per la posta indesiderata (Berkeley DB)",
@@ -26,7 +27,7 @@ SUMMARIES = [
      "zwei Programme laufen in je einer Bildschirmhälfte", "esegue due programmi in uno schermo diviso",
      "Kør to programmer på en opdelt skærm"),
     ("rusers", "Displays who is logged in to machines on local network",
-     "Affiche qui est connecté sur les machines d’un réseau local", "Zeigt an, wer auf Rechnern im lokalen Netzwerk angemeldet ist",
+     "Affiche qui est connecté sur les machines d'un réseau local", "Zeigt an, wer auf Rechnern im lokalen Netzwerk angemeldet ist",
      "visualizza chi è connesso in una macchina della rete locale", "Viser hvem som er logget ind på maskiner på det lokale netværk"),
 ]  # fmt: skip
 LANGUAGES = ("en", "fr", "de", "it", "da")
@@ -160,7 +161,7 @@ def test_splits_keep_families_together_and_contexts_complete():
     files = debian.make_splits(contexts, debian.shares_of(debian.TARGETS, None), seed=0)
     family = {context.group: context.family for context in contexts}
     groups = {split: [row["group"] for row in files[split]] for split in debian.SPLITS}
-    assert sorted(sum(groups.values(), [])) == sorted(family)
+    assert sorted(chain.from_iterable(groups.values())) == sorted(family)
     families = [{family[group] for group in members} for members in groups.values()]
     assert len(set().union(*families)) == sum(map(len, families))
     assert contexts[0].family in families[0]  # the large one is for training
@@ -255,7 +256,7 @@ def test_settings_have_folders_of_their_own_and_share_the_table(monkeypatch, tmp
 
 def test_a_machine_without_apt_is_told_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(debian.shutil, "which", lambda _: None)
-    with pytest.raises(RuntimeError, match="this machine has no apt-get.*on a Debian machine"):
+    with pytest.raises(RuntimeError, match=r"this machine has no apt-get.*on a Debian machine"):
         debian.prepare_table(tmp_path)
     assert not (tmp_path / debian.FOLDER / debian.TABLE_FOLDER).exists()
 
