@@ -21,7 +21,7 @@ PAPER = {"transition1": (0.5293, 0.5069, 0.5081), "transition2": (0.5751, 0.5527
 @pytest.mark.parametrize("name", sorted(PAPER))
 def test_theory_has_the_papers_figures(name):
     theory = markov.theory(markov.CHAINS[name])
-    # The paper cuts the lower end off to four digits or rounds it; all agree to half a unit of the last.
+    # The paper gives four digits, some cut off and some rounded.
     assert (theory.mixture, theory.lowest, theory.rate) == pytest.approx(PAPER[name], abs=1e-4)
     assert theory.lowest <= theory.winners <= theory.chains <= theory.mixture
 
