@@ -131,8 +131,12 @@ class SavingTrainer(HubTrainer):
         launches.check_first_training(self)
         if resume_from_checkpoint:
             resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint)
+            self._go_on_from(resume_from_checkpoint)
         self._forget_evaluation()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _go_on_from(self, checkpoint: str) -> None:
+        """Load what a trainer knows besides weights, optimizer and schedule, before the first batch is fetched."""
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """As Trainer, which trains one step too many if a run is resumed that has done them all."""

@@ -666,7 +666,8 @@ class MCLTrainer(SavingTrainer):
             if self.args.temperature_unit == "spread":
                 logs["score_spread"] = self._spread
             if self._split_step:
-                logs["together"] = float(self._is_together)
+                # Of the last step that was trained.
+                logs["together"] = float(self.state.global_step <= self._split_step)
             flips = None if self._remembered is None else self._remembered.flips()
             if flips is not None:
                 logs["winner_flips"] = flips
@@ -727,11 +728,10 @@ class MCLTrainer(SavingTrainer):
         if self._plans_steps and self.args.should_save:
             self._recent.save(output_dir)
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if self._remembered is not None and checkpoint is not None:
+    def _go_on_from(self, checkpoint: str) -> None:
+        if self._remembered is not None:
             self._remembered.load(checkpoint)
-        if self._plans_steps and checkpoint is not None:
+        if self._plans_steps:
             self._recent.load(checkpoint)
 
 

@@ -142,6 +142,8 @@ def lora_run(directory, steps, **options):
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"padding_free": True, "max_length": None}])
 def test_learning_together_is_plain_lora(tmp_path, options):
+    # Their gradients are smaller by sqrt(K), which AdamW does not mind but for its epsilon.
+    options = {**options, "adam_epsilon": 1e-15}
     torch.manual_seed(0)
     plain = lora_run(tmp_path / "plain", 5, **options)
     torch.manual_seed(0)
