@@ -45,10 +45,9 @@ def run_cell(task: Task, name: str, seed: int, bases: Path, steps: int | None = 
     """
     method, data = METHODS[name], task.data(seed)
     wall, cpu = time.monotonic(), cpu_seconds()
-    if method.separate:
-        # K runs, each as good as the next; their scores are put side by side.
-        seeds = [seed * 100 + k for k in range(task.num_hypotheses)]
-        runs = [train(task, Method(plain=True), one, data, bases, steps, r=task.r) for one in seeds]
+    if method.separate or method.told:
+        # Runs of one LoRA each, whose scores are put side by side.
+        runs = train_apart(task, method, seed, data, bases, steps)
         windows = {split: side_by_side([run["windows"][split] for run in runs]) for split in runs[0]["windows"]}
         texts = [text for run in runs for text in run["texts"]]
         found = {**runs[0], "hypotheses": len(runs), "windows": windows, "texts": texts}
@@ -67,6 +66,24 @@ def run_cell(task: Task, name: str, seed: int, bases: Path, steps: int | None = 
         "cpu_seconds": cpu_seconds() - cpu,
         "threads": torch.get_num_threads(),
     }
+
+
+def train_apart(
+    task: Task, method: Method, seed: int, data: dict[str, Dataset], bases: Path, steps: int | None
+) -> list[dict[str, Any]]:
+    """One LoRA after the other: with seeds of their own on all data, or one for each mode."""
+    plain = Method(plain=True)
+    if method.separate:
+        seeds = [seed * 100 + k for k in range(task.num_hypotheses)]
+        return [train(task, plain, one, data, bases, steps, r=task.r) for one in seeds]
+    modes = sorted(set(data["train"][task.label]))
+    part = (steps or task.training["max_steps"]) // len(modes)
+    found = []
+    for mode in modes:
+        rows = data["train"]
+        own = rows.select([row for row, label in enumerate(rows[task.label]) if label == mode])
+        found.append(train(task, plain, seed, {**data, "train": own}, bases, part, r=task.r))
+    return found
 
 
 def trainer_of(

@@ -15,12 +15,15 @@ class Method:
         adapter: Options of MCLoraConfig.
         plain: One LoRA of the total rank of the hypotheses, in place of K of them.
         separate: K LoRAs with seeds of their own, each trained on all data as if it were alone.
+        told: One LoRA for each mode, trained on the sequences of that mode alone, for its part of the steps: what hypotheses
+            could be that knew the modes from the start.
     """
 
     training: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
     plain: bool = False
     separate: bool = False
+    told: bool = False
 
 
 SHARED = {"shared_r": 8}
@@ -32,6 +35,7 @@ SOFT = {"objective": "balanced", "balance_strength": 1.0}
 METHODS = {
     "lora": Method(plain=True),
     "separate": Method(separate=True),
+    "told the modes": Method(told=True),
     "random": Method({"objective": "random"}),
     "wta": Method({"objective": "wta"}),
     "relaxed": Method({"objective": "relaxed", "relaxed_epsilon": 0.1}),
