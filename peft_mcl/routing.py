@@ -58,7 +58,7 @@ class Route:
 
     @property
     def num_groups(self) -> int:
-        """Groups of rows, contiguous and of one size, that belong to one hypothesis each. Not for packed routes and those of one hypothesis."""
+        """Groups of rows, contiguous and of one size, of one hypothesis each. Not for packed rows, one hypothesis or the mean."""
         if self.decoded is not None:
             return self.num_inputs * len(self.decoded)
         if self.index is not None:
