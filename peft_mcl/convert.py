@@ -438,7 +438,7 @@ def split_lora_adapter(
         _perturb(stacked, perturbation, torch.Generator().manual_seed(seed))
     return _put_into(
         base,
-        _mcl_config(configs[0], num_hypotheses, is_trainable),
+        _mcl_config(configs[0], num_hypotheses, is_trainable, init_perturbation=perturbation),
         stacked,
         adapter_name,
         autocast_adapter_dtype,
@@ -541,8 +541,8 @@ def _short(name: str) -> str:
     return (cached or list(parts))[-1].lower()
 
 
-def _mcl_config(config: LoraConfig, num_hypotheses: int, is_trainable: bool) -> MCLoraConfig:
-    options = {name: getattr(config, name) for name in SHARED_OPTIONS}
+def _mcl_config(config: LoraConfig, num_hypotheses: int, is_trainable: bool, **others: Any) -> MCLoraConfig:
+    options = {**{name: getattr(config, name) for name in SHARED_OPTIONS}, **others}
     return MCLoraConfig(num_hypotheses=num_hypotheses, inference_mode=not is_trainable, **options)
 
 
