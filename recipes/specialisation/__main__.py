@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 from pathlib import Path
 
 from datasets import disable_progress_bars
@@ -22,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from recipes.specialisation.cells import run_cell
 from recipes.specialisation.methods import METHODS
+from recipes.specialisation.report import report, write_whole
 from recipes.specialisation.tasks import TASKS
 
 
@@ -29,6 +29,9 @@ def main() -> None:
     arguments = parse()
     disable_progress_bars()
     root = Path(arguments.output_dir)
+    if arguments.report:
+        report(root)
+        return
     cells = [*itertools.product(arguments.seeds, arguments.tasks, arguments.methods)]
     for number, (seed, task, method) in enumerate(cells):
         path = cell_path(root, task, method, seed, arguments.steps)
@@ -41,9 +44,7 @@ def main() -> None:
                 bases = root / "bases"
                 bases.mkdir(exist_ok=True)
                 result = run_cell(TASKS[task], method, seed, bases, arguments.steps)
-                partial = path.with_suffix(".partial")
-                partial.write_text(json.dumps(result), encoding="utf-8")
-                os.replace(partial, path)
+                write_whole(path, json.dumps(result))
                 print(line_of(result), flush=True)
         except Timeout:
             # Another process is at it.
@@ -70,6 +71,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=None, help="Optimizer steps, in place of each task's own.")
+    parser.add_argument(
+        "--report", action="store_true", help="Only write tables and plots of the cells that are there."
+    )
     parser.add_argument("--output_dir", default="outputs/specialisation")
     return parser.parse_args()
 

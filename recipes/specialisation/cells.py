@@ -60,6 +60,7 @@ def run_cell(task: Task, name: str, seed: int, bases: Path, steps: int | None = 
         "task": task.name,
         "method": name,
         "seed": seed,
+        "asked_steps": steps or task.training["max_steps"],
         **found,
         **measure(windows["test"], windows["validation"], data["test"][task.label]),
         "wall_seconds": time.monotonic() - wall,
