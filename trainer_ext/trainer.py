@@ -567,6 +567,8 @@ class MCLTrainer(SavingTrainer):
 
         So they are the same for any number of processes and micro-batches, and in a resumed run.
         """
+        if self._num_hypotheses == 1:
+            return torch.zeros(len(batch), 2)  # There is nothing to decide.
         place = self._place(is_training)
         keys = torch.tensor(batch.keys, device=self.accelerator.device)
         everywhere = self._gather_ragged(keys, fill=-1)

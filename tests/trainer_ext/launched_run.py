@@ -14,7 +14,7 @@ import torch
 from transformers import BitsAndBytesConfig, set_seed
 
 from tests.tiny import tiny_llama
-from tests.trainer_ext.reference import ragged_pairs, trainer_for
+from tests.trainer_ext.reference import hypotheses, ragged_pairs, trainer_for
 
 
 # 21 rows and a global batch of 8: the last step of an epoch has 5.
@@ -24,9 +24,17 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "relaxed": {"objective": "relaxed", "relaxed_epsilon": 0.1},
     "annealed": {"objective": "annealed", "initial_temperature": 0.5, "final_temperature": 1e-3},
     "random": {"objective": "random"},
+    "balanced": {"objective": "balanced"},
 }
 CASES: dict[str, dict[str, Any]] = {
     **OBJECTIVES,
+    "split": {
+        "objective": "balanced",
+        "balance_strength": 0.5,
+        "target_shares": "tracked",
+        "together_fraction": 0.34,
+        "peft_config": hypotheses(shared_r=2, init_perturbation=0.1),
+    },
     "wta, mean of sequences": {"objective": "wta", "loss_normalization": "sequence"},
     "sampled losers": {"objective": "relaxed", "relaxed_epsilon": 0.3, "sample_losers": True},
     "remembered": {"objective": "wta", "score_every": 2},
