@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from peft_mcl.config import MCLoraConfig, require_positive_int
 from peft_mcl.layer import MCLoraLayer
+from peft_mcl.perturbation import add_relative_noise
 from peft_mcl.saved import SavedAdapter
 
 
@@ -449,12 +450,12 @@ def split_lora_adapter(
 def _perturb(stacked: dict[str, torch.Tensor], perturbation: float, generator: torch.Generator) -> None:
     """Add noise to the matrices B (K, out, r), in place; see `split_lora_adapter`."""
     for key in sorted(key for key in stacked if _IS_B.search(key)):
-        b = stacked[key].float()
+        b = stacked[key]
         noise = torch.randn(b.shape, generator=generator)
         noise -= noise.mean(dim=0)
         # Taking the mean out has left a variance of (K - 1) / K.
         noise *= (len(b) / (len(b) - 1)) ** 0.5
-        stacked[key] = (b + perturbation * b[0].square().mean().sqrt() * noise).to(stacked[key].dtype)
+        stacked[key] = add_relative_noise(b[0], noise, perturbation)
 
 
 def _read_lora_configs(sources: Sequence[SavedAdapter]) -> list[Any]:

@@ -72,6 +72,9 @@ class MCLConfig(SFTConfig):
             the metrics. `"relaxed"`, which trains all rows and need not score them first, scores all tokens.
         no_win_warning_steps (`int`): Warn about a hypothesis that has won no sequence for this many optimizer steps; 0 for
             never.
+        revive_after_steps (`int`): Re-seed a hypothesis that has won no sequence for this many optimizer steps from the one
+            that has won most in them; 0 for never. Its adapters become a copy with noise, and their optimizer states a copy.
+        revive_perturbation (`float`): Size of that noise relative to the matrices B, at least 0.
         save_hypotheses (`bool`): Whenever the model is saved or pushed, put each hypothesis beside it as an ordinary LoRA
             adapter, `hypothesis_0/` and so on, for plain PEFT and serving engines. Checkpoints to resume from do not get
             them (transformers would take them for adapters of the model), but what is pushed during training does.
@@ -168,6 +171,15 @@ class MCLConfig(SFTConfig):
     no_win_warning_steps: int = field(
         default=100, metadata={"help": "Warn about a hypothesis without a win for this many steps; 0 for never."}
     )
+    revive_after_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Re-seed a hypothesis without a win for this many steps from the one with most; 0 for never."
+        },
+    )
+    revive_perturbation: float = field(
+        default=0.1, metadata={"help": "Noise of a re-seeded hypothesis, relative to its matrices B."}
+    )
     save_hypotheses: bool = field(
         default=False,
         metadata={"help": "Save each hypothesis as an ordinary LoRA adapter, too, in hypothesis_0/, hypothesis_1/ ..."},
@@ -185,6 +197,7 @@ class MCLConfig(SFTConfig):
             self.sample_winner = self.objective == "balanced"
         self._check_objective()
         self._check_balance()
+        self._check_reviving()
         self._refuse_meaningless_options()
         if self.temperature_decay is None and self.annealing_fraction is None:
             self.annealing_fraction = DEFAULT_ANNEALING_FRACTION
@@ -269,6 +282,18 @@ class MCLConfig(SFTConfig):
             )
         if self.sample_winner and self.sample_losers:
             raise ValueError("Give `sample_winner` or `sample_losers`, not both: they draw from the same weights.")
+
+    def _check_reviving(self) -> None:
+        steps, perturbation = self.revive_after_steps, self.revive_perturbation
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"`revive_after_steps` must be an integer, 0 (never) or more, got {steps!r}.")
+        if isinstance(perturbation, bool) or not isinstance(perturbation, Real) or not 0 <= perturbation < 1e6:
+            raise ValueError(f"`revive_perturbation` must be a number of at least 0, got {perturbation!r}.")
+        if steps and self.objective == "random":
+            raise ValueError(
+                f"`revive_after_steps={steps}` does not go with `objective='random'`, which trains a hypothesis whether it wins "
+                "or not: it would be no control any more. Set it to 0."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without tokens: this goes into `training_args.bin`, which goes to the Hub with the adapter."""

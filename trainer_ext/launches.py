@@ -174,6 +174,15 @@ def check_trained_head(model: Any, accelerator: Any) -> None:
         )
 
 
+def check_reviving(after_steps: int, accelerator: Any) -> None:
+    """Raise a ValueError if hypotheses are to be re-seeded where their weights cannot be told from others."""
+    if after_steps and accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
+        raise ValueError(
+            f"`revive_after_steps={after_steps}` needs parameters that are sharded one by one, and FSDP1 shards them flat. Use "
+            "FSDP2 (`fsdp_version: 2`, as in recipes/accelerate/fsdp2.yaml), DDP or DeepSpeed, or set it to 0."
+        )
+
+
 def check_first_training(trainer: Any) -> None:
     """Raise a RuntimeError if DeepSpeed has an engine for the model already, which cannot train (again)."""
     if trainer.is_deepspeed_enabled and trainer.model_wrapped is not trainer.model:

@@ -6,15 +6,13 @@ micro-batches. So the step is scored before the first of its micro-batches is tr
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from trainer_ext.objectives import scores_per_token
+from trainer_ext.state_files import load_state, save_state
 from trainer_ext.transport import score_spread, share_offsets
 
 
@@ -48,12 +46,14 @@ class RecentScores:
         self.scores = rows[max(len(rows) - self.size, 0) :]
         return rows
 
+    def copy(self, source: int, target: int) -> None:
+        """Hypothesis `target` has become a copy of `source`: what is remembered of it counts no more."""
+        self.scores = self.scores.clone()
+        self.scores[:, target] = self.scores[:, source]
+
     def save(self, directory: str | Path) -> None:
         """Write `recent_scores.safetensors`, whole or not at all."""
-        path = Path(directory, RECENT_NAME)
-        partial = path.with_suffix(".partial")
-        save_file({"scores": self.scores.contiguous()}, partial)
-        os.replace(partial, path)
+        save_state({"scores": self.scores.contiguous()}, Path(directory, RECENT_NAME))
 
     def load(self, directory: str | Path) -> None:
         """Take over what `save` wrote. Without a file nothing is remembered: the run that is resumed did not.
@@ -62,15 +62,10 @@ class RecentScores:
             ValueError: The file is damaged, or of another number of hypotheses.
         """
         path = Path(directory, RECENT_NAME)
-        if not path.is_file():
+        tensors = load_state(path, "to go on without them")
+        if tensors is None:
             return
-        try:
-            scores = load_file(path)["scores"]
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(
-                f"The recent scores in {path} are truncated or corrupt ({error}). Delete the file to go on without them, or "
-                "resume from another checkpoint."
-            ) from error
+        scores = tensors["scores"]
         if scores.dim() != 2 or scores.shape[1] != self.scores.shape[1]:
             raise ValueError(
                 f"The recent scores in {path} have the shape {tuple(scores.shape)}, not (N, {self.scores.shape[1]}): they "

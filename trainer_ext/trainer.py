@@ -39,6 +39,7 @@ from trainer_ext.objectives import (
     wta_weights,
 )
 from trainer_ext.planning import RecentScores, StepPlan, balanced_scores, finite_rows, spread_of
+from trainer_ext.reseeding import Revival, reseed
 from trainer_ext.saving import SavingTrainer
 from trainer_ext.scoring import (
     ScoringCall,
@@ -157,6 +158,7 @@ class MCLTrainer(SavingTrainer):
         launches.check_sharding(self.accelerator)
         launches.check_parallelism(self.accelerator)
         launches.check_trained_head(self.model, self.accelerator)
+        launches.check_reviving(args.revive_after_steps, self.accelerator)
         if self.eval_dataset is not None:
             checks.check_packed_evaluation(self.args, self.padding_free, self.accelerator.num_processes)
         for name, dataset in {"train_dataset": self.train_dataset, **_named_datasets(self.eval_dataset)}.items():
@@ -183,6 +185,8 @@ class MCLTrainer(SavingTrainer):
         self._weighted_share = 1.0
         self._reported_broken: set[int] = set()
         self._remembered = RememberedWinners(self.args.score_every) if self.args.score_every > 1 else None
+        after = self.args.revive_after_steps
+        self._revival = Revival(self._num_hypotheses, after) if after and self._num_hypotheses > 1 else None
 
     # ------------------------------------------------------------------------------------------------------------
     # The loss
@@ -350,7 +354,7 @@ class MCLTrainer(SavingTrainer):
         everywhere = [visit for visit in self._gather_ragged(visits, fill=-1).tolist() if visit[0] >= 0]
         for key, winner, was_scored in everywhere:
             remembered.visit(key, winner if was_scored else None)
-        self._watch_wins({winner for _, winner, _ in everywhere})
+        self._watch_wins([winner for _, winner, _ in everywhere])
         weights = winner_weights(self.args.objective, winners, self._num_hypotheses, self.args.relaxed_epsilon)
         weights[due] = give_broken_to_winner(weights[due], scores, found)
         return weights, winners
@@ -430,6 +434,8 @@ class MCLTrainer(SavingTrainer):
         """
         if self._remembered is not None:
             self._remembered.end_step()
+        self._revive()
+        self._revive()
         batches, count = self._get_batch_samples(epoch_iterator, num_batches, device)
         self._plan = self._plan_step(batches) if self._plans_steps and not self._is_together and batches else None
         return batches, count
@@ -579,8 +585,8 @@ class MCLTrainer(SavingTrainer):
     # ------------------------------------------------------------------------------------------------------------
     # Reports
 
-    def _record(self, scores: torch.Tensor, num_tokens: torch.Tensor, winners: torch.Tensor) -> set[int]:
-        """Add the sequences of all processes to the metrics, and return those that won."""
+    def _record(self, scores: torch.Tensor, num_tokens: torch.Tensor, winners: torch.Tensor) -> list[int]:
+        """Add the sequences of all processes to the metrics, and return the winner of each."""
         self._report_broken(scores)
         tensors = (scores.contiguous(), num_tokens, winners)
         # In training the batches of a step are fetched in advance, so `gather_for_metrics` would take each of the last step
@@ -592,13 +598,13 @@ class MCLTrainer(SavingTrainer):
             scores, num_tokens, winners = self.accelerator.gather_for_metrics(tensors)
         return self._note(scores, num_tokens, winners)
 
-    def _note(self, scores: torch.Tensor, num_tokens: torch.Tensor, winners: torch.Tensor) -> set[int]:
-        """Add sequences that all processes know to the metrics, and return those that won."""
+    def _note(self, scores: torch.Tensor, num_tokens: torch.Tensor, winners: torch.Tensor) -> list[int]:
+        """Add sequences that all processes know to the metrics, and return the winner of each."""
         window = self._train_window if self.model.training else self._eval_window
         if self.model.training:
             self._refuse_broken_hypotheses(scores[num_tokens > 0])
         window.add(scores, num_tokens, winners)
-        return set(winners[num_tokens > 0].tolist())
+        return winners[num_tokens > 0].tolist()
 
     def _refuse_broken_hypotheses(self, scores: torch.Tensor) -> None:
         """Raise a FloatingPointError if a hypothesis gives no sequence of a batch a finite score: it would never win again."""
@@ -635,16 +641,18 @@ class MCLTrainer(SavingTrainer):
             tensor = self.accelerator.pad_across_processes(tensor, pad_index=fill)
         return self.accelerator.gather(tensor)
 
-    def _watch_wins(self, winners: set[int]) -> None:
+    def _watch_wins(self, winners: list[int]) -> None:
         """Warn of a hypothesis that has not been among the winners for a while."""
         num_hypotheses, patience = self._num_hypotheses, self.args.no_win_warning_steps
+        if self._revival is not None and self.model.training:
+            self._revival.record(winners, self.state.global_step)
         # Under objective "random" a hypothesis is trained whether it wins or not.
         if not self.model.training or not patience or self.args.objective == "random" or num_hypotheses == 1:
             return
         step = self.state.global_step
         if self._wins is None:
             self._wins = WinWatch(num_hypotheses, patience, step)
-        for hypothesis, steps in self._wins.update(winners, step):
+        for hypothesis, steps in self._wins.update(set(winners), step):
             if self.is_world_process_zero():
                 logger.warning(
                     "Hypothesis %d has won no sequence for %d steps (up to step %d): it is trained no longer, or only by the "
@@ -652,6 +660,29 @@ class MCLTrainer(SavingTrainer):
                     hypothesis,
                     steps,
                     step,
+                )
+
+    def _revive(self) -> None:
+        """Re-seed the hypotheses that have not won for too long, before the next step. All processes know the same winners."""
+        if self._revival is None or self._is_together:
+            return
+        step, steps = self.state.global_step, self.args.revive_after_steps
+        wins = self._revival.wins(step)
+        for target, source in self._revival.due(step):
+            noise = self.args.revive_perturbation
+            reseed(self.model, self.optimizer, target, source, noise, f"{self.args.seed}/{step}")
+            self._recent.copy(source, target)
+            if self.is_world_process_zero():
+                logger.warning(
+                    "Hypothesis %d has won no sequence for %d steps (up to step %d): it goes on as a copy of hypothesis %d, which "
+                    "has won %d of %d, with noise of %g.",
+                    target,
+                    steps,
+                    step,
+                    source,
+                    wins[source],
+                    sum(wins),
+                    noise,
                 )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -673,6 +704,8 @@ class MCLTrainer(SavingTrainer):
             flips = None if self._remembered is None else self._remembered.flips()
             if flips is not None:
                 logs["winner_flips"] = flips
+            if self._revival is not None:
+                logs["revived"] = self._revival.count()
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -729,10 +762,14 @@ class MCLTrainer(SavingTrainer):
             self._remembered.save(output_dir)
         if self._plans_steps and self.args.should_save:
             self._recent.save(output_dir)
+        if self._revival is not None and self.args.should_save:
+            self._revival.save(output_dir)
 
     def _go_on_from(self, checkpoint: str) -> None:
         if self._remembered is not None:
             self._remembered.load(checkpoint)
+        if self._revival is not None:
+            self._revival.load(checkpoint)
         if self._plans_steps:
             self._recent.load(checkpoint)
 

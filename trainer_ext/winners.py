@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+
+from trainer_ext.state_files import load_state, save_state
 
 
 WINNERS_NAME = "winners.safetensors"
@@ -68,16 +67,13 @@ class RememberedWinners:
     def save(self, directory: str | Path) -> None:
         """Write `winners.safetensors`, whole or not at all."""
         self.end_step()
-        path = Path(directory, WINNERS_NAME)
         values = list(self._known.values())
         tensors = {
             "keys": torch.tensor(list(self._known), dtype=torch.int64),
             "winners": torch.tensor([winner for winner, _ in values], dtype=torch.int32),
             "visits": torch.tensor([visits for _, visits in values], dtype=torch.int32),
         }
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial)
-        os.replace(partial, path)
+        save_state(tensors, Path(directory, WINNERS_NAME))
 
     def load(self, directory: str | Path) -> None:
         """Take over what `save` wrote. Without a file nothing is known: the run that is resumed did not remember.
@@ -85,15 +81,8 @@ class RememberedWinners:
         Raises:
             ValueError: The file is damaged.
         """
-        path = Path(directory, WINNERS_NAME)
-        if not path.is_file():
+        tensors = load_state(Path(directory, WINNERS_NAME), "to score every sequence anew")
+        if tensors is None:
             return
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(
-                f"The remembered winners in {path} are truncated or corrupt ({error}). Delete the file to score every "
-                "sequence anew, or resume from another checkpoint."
-            ) from error
         pairs = zip(tensors["winners"].tolist(), tensors["visits"].tolist(), strict=True)
         self._known = dict(zip(tensors["keys"].tolist(), pairs, strict=True))

@@ -26,6 +26,15 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "random": {"objective": "random"},
     "balanced": {"objective": "balanced"},
 }
+# With an optimizer that has states, whose step is still nearly linear in the gradient. Of 8 hypotheses some do not win for a while.
+REVIVED: dict[str, Any] = {
+    "optim": "adamw_torch",
+    "adam_epsilon": 1e-2,
+    "learning_rate": 0.05,
+    "peft_config": hypotheses(8),
+    "revive_after_steps": 2,
+}
+WITHOUT_NOISE = "revived, without noise"
 CASES: dict[str, dict[str, Any]] = {
     **OBJECTIVES,
     "split": {
@@ -35,6 +44,9 @@ CASES: dict[str, dict[str, Any]] = {
         "together_fraction": 0.34,
         "peft_config": hypotheses(shared_r=2, init_perturbation=0.1),
     },
+    "revived": {"objective": "wta", **REVIVED},
+    # So warm that equal hypotheses, which tie, are trained alike.
+    WITHOUT_NOISE: {"objective": "annealed", "temperature_decay": 1.0, **REVIVED, "revive_perturbation": 0.0},
     "wta, mean of sequences": {"objective": "wta", "loss_normalization": "sequence"},
     "sampled losers": {"objective": "relaxed", "relaxed_epsilon": 0.3, "sample_losers": True},
     "remembered": {"objective": "wta", "score_every": 2},
@@ -45,6 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
 EVALUATED = "evaluated before"
 QUANTISED = "nf4"
 METRICS = ("loss", "grad_norm", "wta_nll", "mean_nll", "worst_nll", "mixture_nll", "assignment_entropy", "temperature")
+METRICS += ("revived",)
 METRICS += tuple(f"win_share/{k}" for k in range(3))
 
 

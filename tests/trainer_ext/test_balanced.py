@@ -140,7 +140,9 @@ def lora_run(directory, steps, **options):
     return trainer
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"padding_free": True, "max_length": None}])
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2}, {"padding_free": True, "max_length": None}]
+)
 def test_learning_together_is_plain_lora(tmp_path, options):
     # Their gradients are smaller by sqrt(K), which AdamW does not mind but for its epsilon.
     options = {**options, "adam_epsilon": 1e-15}
@@ -228,7 +230,12 @@ def test_resumed_run_goes_on_with_its_queue(tmp_path):
 
 def test_annealing_in_spreads(tmp_path):
     trainer = trainer_for(
-        tmp_path, objective="annealed", temperature_unit="spread", sample_winner=True, max_steps=6, data=ragged_pairs(30)
+        tmp_path,
+        objective="annealed",
+        temperature_unit="spread",
+        sample_winner=True,
+        max_steps=6,
+        data=ragged_pairs(30),
     )
     trainer.train()
     relative = [t / s for t, s in zip(logged(trainer, "temperature"), logged(trainer, "score_spread"), strict=True)]

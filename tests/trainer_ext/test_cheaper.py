@@ -364,7 +364,7 @@ def test_damaged_winners_are_refused(tmp_path):
     assert len(again) == 1
     path = Path(tmp_path, WINNERS_NAME)
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=r"winners\.safetensors are truncated or corrupt"):
+    with pytest.raises(ValueError, match=r"winners\.safetensors' is truncated or corrupt"):
         again.load(tmp_path)
 
 

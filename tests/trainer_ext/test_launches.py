@@ -14,6 +14,7 @@ from tests.trainer_ext.launched_run import (
     GLOBAL_BATCH,
     OBJECTIVES,
     QUANTISED,
+    WITHOUT_NOISE,
     run,
     save_base,
 )
@@ -29,11 +30,11 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 LAUNCHES: dict[str, tuple[dict | None, list[str]]] = {
     "ddp": (None, [*CASES, QUANTISED, EVALUATED]),
     "fsdp2": (None, [*CASES]),
-    "zero1": ({"stage": 1}, [*OBJECTIVES]),
+    "zero1": ({"stage": 1}, [*OBJECTIVES, "revived"]),
     "zero2": ({"stage": 2}, [*CASES, QUANTISED]),
-    "zero2, offloaded": ({"stage": 2, **OFFLOAD}, ["annealed", "checkpointed"]),
+    "zero2, offloaded": ({"stage": 2, **OFFLOAD}, ["annealed", "checkpointed", "revived"]),
     "zero3": ({"stage": 3, **SHARD_ALL}, [*CASES, QUANTISED]),
-    "zero3, offloaded": ({"stage": 3, **SHARD_ALL, **OFFLOAD}, ["annealed", "checkpointed"]),
+    "zero3, offloaded": ({"stage": 3, **SHARD_ALL, **OFFLOAD}, ["annealed", "checkpointed", "revived"]),
 }
 SEEN = {
     "ddp": ("MULTI_CPU", "DistributedDataParallel"),
@@ -97,6 +98,23 @@ def test_two_processes_do_what_one_does(launched, alone):
                 assert ours.get(name) == theirs.get(name), name
 
 
+def test_copies_stay_copies(launched, alone):
+    kind, (first, _) = launched
+    if WITHOUT_NOISE not in LAUNCHES[kind][1]:
+        return
+    found = equal_pairs(first[WITHOUT_NOISE]["adapter"])
+    assert found == equal_pairs(alone[WITHOUT_NOISE]["adapter"])
+    assert 0 < len(found) < 28
+
+
+def equal_pairs(file):
+    """The pairs of equal hypotheses in an adapter."""
+    tensors = load_file(file)
+    rows = torch.cat([tensors[name].flatten(1) for name in sorted(tensors)], dim=1)
+    gaps = (rows[:, None] - rows[None]).abs().amax(dim=2)
+    return {(i, j) for i, j in (gaps < 1e-6).nonzero().tolist() if i < j}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_accumulation_does_what_one_batch_does(alone, case, tmp_path):
     options = {"per_device_train_batch_size": GLOBAL_BATCH // 2, "gradient_accumulation_steps": 2}
@@ -109,5 +127,7 @@ def test_the_runs_are_not_trivial(alone):
         shares = [found["logs"][0][f"win_share/{k}"] for k in range(3)]
         assert max(shares) < 1, case
         assert abs(found["evaluated"]["loss"] - found["evaluated"]["worst_nll"]) > 1e-3, case
+    for case in ("revived", WITHOUT_NOISE):
+        assert sum(log["revived"] for log in alone[case]["logs"]) > 2
     losses = {case: tuple(log["loss"] for log in alone[case]["logs"]) for case in OBJECTIVES}
     assert len(set(losses.values())) == len(OBJECTIVES)

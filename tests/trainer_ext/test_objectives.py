@@ -110,7 +110,9 @@ def test_relaxed_ends_exactly(num_hypotheses):
 
 
 def test_unknown_objective_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"`objective` must be one of wta, relaxed, annealed, balanced, random, got 'hard'"):
+    with pytest.raises(
+        ValueError, match=r"`objective` must be one of wta, relaxed, annealed, balanced, random, got 'hard'"
+    ):
         assignment_weights("hard", torch.zeros(1, 2), torch.ones(1), draws=lots(1, 3))
 
 
