@@ -42,7 +42,7 @@ def check_model(model: Any, peft_config: PeftConfig | None) -> None:
 
 def check_start(model: Any, peft_config: PeftConfig | None, args: MCLConfig) -> None:
     """Raise a ValueError if the hypotheses cannot be trained as the arguments say; `check_model` comes first."""
-    config = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else peft_config
+    config: Any = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else peft_config
     count = config.num_hypotheses
     if args.together_fraction and count > 1 and config.init_perturbation is None:
         raise ValueError(

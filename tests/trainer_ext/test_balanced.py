@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -186,7 +187,7 @@ def test_hypotheses_split_and_compete(tmp_path):
     relative = [t / s for t, s in zip(logged(trainer, "temperature"), logged(trainer, "score_spread"), strict=True)][3:]
     assert relative[0] == pytest.approx(1.0)
     assert relative[-1] == pytest.approx(0.05)
-    assert all(a >= b for a, b in zip(relative, relative[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(relative))
     # All tie while they are one.
     assert logged(trainer, "wta_nll")[:3] == pytest.approx(logged(trainer, "worst_nll")[:3])
 
