@@ -42,10 +42,12 @@ def rewrite(parameter: torch.Tensor, optimizer: Any, weights: Change, states: Ch
 
 
 def _is_like(state: Any, parameter: torch.Tensor) -> bool:
-    is_plain = type(state) in (torch.Tensor, torch.nn.Parameter, DTensor)
+    if type(state) not in (torch.Tensor, torch.nn.Parameter, DTensor) or not state.is_floating_point():
+        return False
     shape = parameter.shape
     # Adafactor keeps the means over the last dimension, and over the one before it.
-    return is_plain and state.is_floating_point() and state.shape in (shape, shape[:-1], shape[:-2] + shape[-1:])
+    is_factor = len(shape) > 2 and state.shape in (shape[:-1], shape[:-2] + shape[-1:])
+    return state.shape == shape or is_factor
 
 
 def _rewrite_tensor(tensor: torch.Tensor, change: Change) -> None:
@@ -95,7 +97,7 @@ def _rewrite_zero3(parameter: Any, names: list[str], weights: Change, states: Ch
         safe_set_local_fp32_param,
         safe_set_local_optimizer_state,
     )
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     changed = weights(safe_get_full_fp32_param(parameter))
     safe_set_local_fp32_param(parameter, _own_part(parameter, changed))
