@@ -73,6 +73,18 @@ class SequenceBatch:
         needed = torch.ones(len(self), dtype=torch.int64, device=self.labels.device)
         return needed.scatter_reduce(0, self.sequence, self.column + 1 - start, "amax").tolist()
 
+    @property
+    def sequence_of_positions(self) -> torch.Tensor:
+        """The sequence in [0, B - 1] that each position belongs to, -1 for padding: int64 of the shape of the labels."""
+        rows, width = self.labels.shape
+        device = self.labels.device
+        if self.bounds is not None:
+            starts = torch.tensor(self.bounds[1:], device=device)
+            return torch.bucketize(torch.arange(width, device=device), starts, right=True)[None]
+        sequence = torch.arange(rows, device=device)[:, None].expand(rows, width)
+        mask = self.inputs.get("attention_mask")
+        return sequence if mask is None else torch.where(mask.bool(), sequence, -1)
+
     def select(self, sequences: list[int], multiple_of: int | None = None) -> SequenceBatch:
         """The named sequences in their order, each as often as it is named, without the columns that none of them needs.
 

@@ -17,7 +17,9 @@ NORMALIZATIONS = ("token", "sequence")
 TEMPERATURE_UNITS = ("nats", "spread")
 TARGET_SHARES = ("uniform", "tracked")
 DEFAULT_ANNEALING_FRACTION = 0.5
-DEFAULT_FINAL_TEMPERATURES = {"nats": 1e-6, "spread": 0.05}
+DEFAULT_SEEDING_FRACTION = 0.1
+# Initial and final.
+DEFAULT_TEMPERATURES = {"nats": (1.0, 1e-6), "spread": (0.2, 0.05)}
 
 
 @dataclass
@@ -31,8 +33,8 @@ class MCLConfig(SFTConfig):
             that none starves; `"wta"`: only the best; `"relaxed"`: the best by `1 - relaxed_epsilon`, the others share the
             rest; `"random"`: one drawn at random (the control that any claim about the method needs).
         relaxed_epsilon (`float`): Weight that the losers share under `"relaxed"`, in [0, 1].
-        initial_temperature (`float`): Temperature at step 0 (or when the hypotheses split), above 0, in units of
-            `temperature_unit`.
+        initial_temperature (`float`, *optional*): Temperature at step 0 (or when the hypotheses begin to compete), above 0, in
+            units of `temperature_unit`. 1 nat or 0.2 spreads by default.
         final_temperature (`float`, *optional*): Temperature at which annealing ends, above 0 and at most the initial one.
             1e-6 nats or 0.05 spreads by default.
         temperature_unit (`str`, *optional*): `"nats"` for each token; or `"spread"`, how far the hypotheses differ about the
@@ -44,6 +46,10 @@ class MCLConfig(SFTConfig):
         together_fraction (`float`): Part of training, in [0, 1), in which all hypotheses learn as one, at the price of plain
             LoRA; then they split. They must start almost alike: `MCLoraConfig(init_perturbation=0.1)`. Annealing begins
             with the split.
+        seeding_fraction (`float`, *optional*): Of `"balanced"`: part of training, in [0, 1), from the split on, in which
+            sequences go to hypotheses by clusters of what the base model sees in them (`seeding`); then the scores decide,
+            and annealing begins. 0.1 by default.
+        seeding_sequences (`int`): How many sequences of the training data the clusters are made from.
         target_shares (`str` or `list[float]`, *optional*): Of `"balanced"`: the part of the sequences that each hypothesis gets.
             `"uniform"` (the default); `"tracked"`: the shares it would get without balancing, a fifth of the way towards equal ones; or K
             numbers above 0.
@@ -96,8 +102,9 @@ class MCLConfig(SFTConfig):
     relaxed_epsilon: float = field(
         default=0.05, metadata={"help": "Weight that the losers share under objective 'relaxed', in [0, 1]."}
     )
-    initial_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature at step 0, in nats per token or in spreads of the scores."}
+    initial_temperature: float | None = field(
+        default=None,
+        metadata={"help": "Temperature at step 0, in nats per token or spreads of the scores (1 nat, .2 spreads)."},
     )
     final_temperature: float | None = field(
         default=None,
@@ -124,6 +131,11 @@ class MCLConfig(SFTConfig):
     together_fraction: float = field(
         default=0.0, metadata={"help": "Part of training in which all hypotheses learn as one, in [0, 1)."}
     )
+    seeding_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Part of training in which clusters of the data decide, under 'balanced' (default .1)."},
+    )
+    seeding_sequences: int = field(default=256, metadata={"help": "Sequences that the clusters are made from."})
     # Any: numbers in code and YAML, words on a command line.
     target_shares: Any = field(
         default=None,
@@ -191,8 +203,11 @@ class MCLConfig(SFTConfig):
     def __post_init__(self) -> None:
         if self.temperature_unit is None:
             self.temperature_unit = "spread" if self.objective == "balanced" else "nats"
-        if self.final_temperature is None:
-            self.final_temperature = DEFAULT_FINAL_TEMPERATURES.get(self.temperature_unit)
+        initial, final = DEFAULT_TEMPERATURES.get(self.temperature_unit, (None, None))
+        self.initial_temperature = initial if self.initial_temperature is None else self.initial_temperature
+        self.final_temperature = final if self.final_temperature is None else self.final_temperature
+        if self.seeding_fraction is None:
+            self.seeding_fraction = DEFAULT_SEEDING_FRACTION if self.objective == "balanced" else 0.0
         if self.sample_winner is None:
             self.sample_winner = self.objective == "balanced"
         self._check_objective()
@@ -228,6 +243,7 @@ class MCLConfig(SFTConfig):
         for name in ("initial_temperature", "final_temperature"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be above 0 and finite, got {getattr(self, name)!r}.")
+        assert self.initial_temperature is not None
         assert self.final_temperature is not None
         if self.final_temperature > self.initial_temperature:
             raise ValueError(
@@ -259,11 +275,24 @@ class MCLConfig(SFTConfig):
     def _check_balance(self) -> None:
         if not isinstance(self.together_fraction, Real) or not 0.0 <= self.together_fraction < 1.0:
             raise ValueError(f"`together_fraction` must be in [0, 1), got {self.together_fraction!r}.")
-        fraction = DEFAULT_ANNEALING_FRACTION if self.annealing_fraction is None else self.annealing_fraction
-        if self.objective in ANNEALED and self.temperature_decay is None and self.together_fraction >= fraction:
+        if not isinstance(self.seeding_fraction, Real) or not 0.0 <= self.seeding_fraction < 1.0:
+            raise ValueError(f"`seeding_fraction` must be in [0, 1), got {self.seeding_fraction!r}.")
+        if self.seeding_fraction and self.objective != "balanced":
             raise ValueError(
-                f"`together_fraction` ({self.together_fraction!r}) must be below `annealing_fraction` ({fraction!r}): annealing "
-                "begins when the hypotheses split."
+                f"`seeding_fraction={self.seeding_fraction!r}` needs `objective='balanced'`, got {self.objective!r}."
+            )
+        if (
+            isinstance(self.seeding_sequences, bool)
+            or not isinstance(self.seeding_sequences, int)
+            or self.seeding_sequences < 1
+        ):
+            raise ValueError(f"`seeding_sequences` must be an integer of at least 1, got {self.seeding_sequences!r}.")
+        fraction = DEFAULT_ANNEALING_FRACTION if self.annealing_fraction is None else self.annealing_fraction
+        before = self.together_fraction + self.seeding_fraction
+        if self.objective in ANNEALED and self.temperature_decay is None and before >= fraction:
+            raise ValueError(
+                f"`together_fraction` ({self.together_fraction!r}) and `seeding_fraction` ({self.seeding_fraction!r}) together "
+                f"must be below `annealing_fraction` ({fraction!r}): annealing begins after them."
             )
         if self.balance_strength is not None and not (
             isinstance(self.balance_strength, Real) and 0.0 < self.balance_strength < float("inf")

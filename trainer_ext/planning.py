@@ -34,17 +34,23 @@ class RecentScores:
 
     Attributes:
         scores (`torch.Tensor`): float64 of shape (N, K), finite, in nats for each token; the oldest first.
+        centres (`torch.Tensor`, *optional*): float32 of shape (K, width), of the clusters that hypotheses begin with.
     """
 
     def __init__(self, num_hypotheses: int, size: int | None = None) -> None:
         self.size = RECENT_PER_HYPOTHESIS * num_hypotheses if size is None else size
         self.scores = torch.zeros(0, num_hypotheses, dtype=torch.float64)
+        self.centres: torch.Tensor | None = None
 
     def add(self, scores: torch.Tensor) -> torch.Tensor:
         """Add the rows (S, K) of a step; returns those before it and its own. The oldest ones are then forgotten."""
         rows = torch.cat([self.scores, scores])
         self.scores = rows[max(len(rows) - self.size, 0) :]
         return rows
+
+    def forget(self) -> None:
+        """Begin anew: the scores from now on are of another kind."""
+        self.scores, self.centres = self.scores[:0], None
 
     def copy(self, source: int, target: int) -> None:
         """Hypothesis `target` has become a copy of `source`: what is remembered of it counts no more."""
@@ -53,7 +59,8 @@ class RecentScores:
 
     def save(self, directory: str | Path) -> None:
         """Write `recent_scores.safetensors`, whole or not at all."""
-        save_state({"scores": self.scores.contiguous()}, Path(directory, RECENT_NAME))
+        centres = {} if self.centres is None else {"centres": self.centres.contiguous()}
+        save_state({"scores": self.scores.contiguous(), **centres}, Path(directory, RECENT_NAME))
 
     def load(self, directory: str | Path) -> None:
         """Take over what `save` wrote. Without a file nothing is remembered: the run that is resumed did not.
@@ -72,6 +79,7 @@ class RecentScores:
                 "are of a run with another `num_hypotheses`."
             )
         self.scores = scores[max(len(scores) - self.size, 0) :].double()
+        self.centres = tensors.get("centres")
 
 
 class StepPlan:

@@ -91,13 +91,13 @@ def _rewrite_zero(parameter: Any, names: list[str], weights: Change, states: Cha
 
 def _rewrite_zero3(parameter: Any, names: list[str], weights: Change, states: Change) -> None:
     """ZeRO-3: both the model and the optimizer of each process have a part."""
+    from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import (
         safe_get_full_fp32_param,
         safe_get_full_optimizer_state,
         safe_set_local_fp32_param,
         safe_set_local_optimizer_state,
     )
-    from deepspeed.runtime.zero import GatheredParameters
 
     changed = weights(safe_get_full_fp32_param(parameter))
     safe_set_local_fp32_param(parameter, _own_part(parameter, changed))

@@ -72,6 +72,7 @@ class SupervisedPositions:
         self.base_model = base_model
         self._batch: SequenceBatch | None = None
         self._scores: list[torch.Tensor] | None = None
+        self._pooled: list[torch.Tensor] | None = None
         base_model.base_model.register_forward_hook(self._select)
 
     @contextmanager
@@ -97,12 +98,26 @@ class SupervisedPositions:
         finally:
             self._scores = None
 
+    @contextmanager
+    def pooled(self, batch: SequenceBatch) -> Iterator[list[torch.Tensor]]:
+        """Inside, the backbone returns no positions; the features (B, width) of B sequences are put into the list."""
+        self._pooled = []
+        try:
+            with self.selected(batch):
+                yield self._pooled
+        finally:
+            self._pooled = None
+
     # A compiled backbone would be compiled anew for each batch that it finds here.
     @torch.compiler.disable
     def _select(self, backbone: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._batch is None:
             return None
         batch, hidden = self._batch, output.last_hidden_state
+        if self._pooled is not None:
+            self._pooled.append(_pool(hidden, batch))
+            output.last_hidden_state = hidden[None, 0, :0]
+            return output
         rows = len(batch.labels)
         copies = hidden.view(len(hidden) // rows, rows, *hidden.shape[1:])
         copies = copies[:, batch.row.to(hidden.device), batch.column.to(hidden.device)]
@@ -138,6 +153,24 @@ class SupervisedPositions:
                     logits = torch.tanh(logits / cap) * cap
                 parts.append(-F.cross_entropy(logits, labels[start:stop], reduction="none"))
         return torch.cat(parts).view(hidden.shape[:2])
+
+
+def _pool(hidden: torch.Tensor, batch: SequenceBatch) -> torch.Tensor:
+    """What a sequence is like, from hidden states (rows, T, width): float32 of shape (B, width), of length 1.
+
+    The mean over the supervised tokens less the mean over the others, the prompt: what is said rather than what about.
+    """
+    sequence = batch.sequence_of_positions.to(hidden.device)
+    learned = (batch.labels != -100).to(hidden.device)
+    means = []
+    for place in (learned, ~learned):
+        place = place & (sequence >= 0)
+        ones = torch.ones_like(sequence[place], dtype=torch.float32)
+        count = hidden.new_zeros(len(batch), dtype=torch.float32).index_add(0, sequence[place], ones)
+        total = hidden.new_zeros(len(batch), hidden.shape[-1], dtype=torch.float32)
+        total = total.index_add(0, sequence[place], hidden[place].float())
+        means.append(total / count.clamp(min=1).unsqueeze(1))
+    return F.normalize(means[0] - means[1], dim=1)
 
 
 def logit_transform(config: Any) -> tuple[float, float | None]:
@@ -304,3 +337,19 @@ def score_sequences(
         else:
             scores[sequences] = sums
     return scores
+
+
+@torch.no_grad()
+def pool_sequences(model: nn.Module, positions: SupervisedPositions, batch: SequenceBatch) -> torch.Tensor:
+    """Features of the sequences of a batch from the last hidden states, under hypothesis 0: float32 of shape (B, width).
+
+    Args:
+        model, positions: As for `score_tokens`. With its adapters disabled, the features are the base model's.
+        batch ([`SequenceBatch`]): B sequences.
+    """
+    inputs = {name: value for name, value in batch.inputs.items() if name != "labels"}
+    if getattr(positions.base_model.config.get_text_config(), "output_router_logits", False):
+        inputs["output_router_logits"] = False
+    with positions.pooled(batch) as found:
+        model(**inputs, shift_labels=batch.labels.new_zeros(1, 0), hypotheses=0, fused_lm_head=True)
+    return found[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -49,13 +50,18 @@ from trainer_ext.scoring import (
     join_rows,
     plan_rows,
     plan_scoring,
+    pool_sequences,
     score_sequences,
     score_tokens,
 )
+from trainer_ext.seeding import closeness, find_centres
 from trainer_ext.winners import RememberedWinners
 
 
 logger = logging.getLogger(__name__)
+
+# Sequences of a call that looks for clusters: the same for every launch.
+SEEDING_BATCH = 8
 
 
 class MCLTrainer(SavingTrainer):
@@ -177,7 +183,7 @@ class MCLTrainer(SavingTrainer):
         # For the model card: what was last measured in training and on each evaluation set.
         self.figures: dict[str, CardFigures] = {}
         self._wins: WinWatch | None = None
-        self._last_temperature = self.args.initial_temperature
+        self._last_temperature = 0.0
         # Of steps that are planned as a whole.
         self._plan: StepPlan | None = None
         self._recent = RecentScores(self._num_hypotheses, self.args.balance_queue)
@@ -479,11 +485,17 @@ class MCLTrainer(SavingTrainer):
         self.model.train()
         with self.compute_loss_context_manager():
             parts = [self._score_part(self.model_wrapped, batch, list(range(len(batch))), True) for batch in batches]
+            seeds = [self._seeding_scores(batch) for batch in batches] if self._is_seeding else [s for s, _ in parts]
         keys = torch.tensor([key for batch in batches for key in batch.keys], device=self.accelerator.device)
-        local = (keys, torch.cat([scores for scores, _ in parts]), torch.cat([num_tokens for _, num_tokens in parts]))
+        local = (
+            keys,
+            torch.cat([scores for scores, _ in parts]),
+            torch.cat([num_tokens for _, num_tokens in parts]),
+            torch.cat(seeds),
+        )
         # Where processes have different numbers of sequences, what fills up has no tokens.
         padded = (self.accelerator.pad_across_processes(tensor) for tensor in local)
-        all_keys, scores, num_tokens = (self.accelerator.gather(tensor).cpu() for tensor in padded)
+        all_keys, scores, num_tokens, deciding = (self.accelerator.gather(tensor).cpu() for tensor in padded)
         place = self._place(is_training=True)
         numbered = self._occurrences.number(all_keys.tolist(), place)
         # In an order of the content alone, sums and what is remembered do not depend on the processes. Sequences with nothing
@@ -491,15 +503,21 @@ class MCLTrainer(SavingTrainer):
         order = sorted(num_tokens.nonzero().flatten().tolist(), key=numbered.__getitem__)
         draws = sequence_draws([numbered[row] for row in order], self._num_hypotheses + 1, place)
         found = wta_weights(torch.zeros(len(numbered), dtype=torch.int64), self._num_hypotheses)
-        found[order] = self._weights_of_step(scores[order], num_tokens[order], draws)
+        self._watch_scores(scores[order], num_tokens[order], draws)
+        found[order] = self._weights_of_step(deciding[order], num_tokens[order], draws)
         first = self.accelerator.process_index * (len(numbered) // self.accelerator.num_processes)
         return StepPlan(keys.tolist(), found[first : first + len(keys)].to(self.accelerator.device))
 
+    def _watch_scores(self, scores: torch.Tensor, num_tokens: torch.Tensor, draws: torch.Tensor) -> None:
+        """Report the scores (S, K) of a step; the winners are the best, whatever is trained."""
+        self._report_broken(scores)
+        best = pick_winners(scores, draws[:, : self._num_hypotheses])
+        self._watch_wins(self._note(scores, num_tokens, best))
+
     def _weights_of_step(self, scores: torch.Tensor, num_tokens: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """The weights (S, K) of the sequences of a step, from their scores (S, K), numbers of tokens (S,) and draws (S, K + 1)."""
-        best = pick_winners(scores, draws[:, : self._num_hypotheses])
-        self._report_broken(scores)
-        self._watch_wins(self._note(scores, num_tokens, best))
+        if self.state.global_step == self._seeded_step:
+            self._recent.forget()
         rows = self._recent.add(finite_rows(scores, num_tokens))
         self._spread = spread_of(rows)
         args, temperature = self.args, self._annealing_temperature()
@@ -519,6 +537,40 @@ class MCLTrainer(SavingTrainer):
         )
         return self._thin_out(weights, draws)
 
+    def _seeding_scores(self, batch: SequenceBatch) -> torch.Tensor:
+        """What decides while clusters do, as if it were scores: (B, K)."""
+        if self._recent.centres is None:
+            self._recent.centres = self._find_centres()
+        close = closeness(self._features(batch), self._recent.centres)
+        return close * batch.num_tokens.unsqueeze(1)
+
+    def _features(self, batch: SequenceBatch) -> torch.Tensor:
+        with evaluation_mode(self.model), self.model.disable_adapter():
+            return pool_sequences(self.model_wrapped, self._positions, batch)
+
+    def _find_centres(self) -> torch.Tensor:
+        """Clusters of some sequences of the training data. Every process finds the same."""
+        count = self.args.seeding_sequences
+        if has_length(self.train_dataset):
+            generator = torch.Generator().manual_seed(self.args.seed)
+            chosen = torch.randperm(len(self.train_dataset), generator=generator)[:count].tolist()
+            rows = [self.train_dataset[index] for index in chosen]
+        else:
+            rows = list(itertools.islice(iter(self.train_dataset), count))
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        found = []
+        for start in range(0, len(rows), SEEDING_BATCH):
+            inputs = self._prepare_inputs(collate(rows[start : start + SEEDING_BATCH]))
+            batch = SequenceBatch(inputs)
+            found.append(self._features(batch)[batch.num_tokens > 0])
+        features = torch.cat(found)
+        if len(features) < self._num_hypotheses:
+            raise ValueError(
+                f"`seeding_fraction={self.args.seeding_fraction!r}` needs at least one sequence for each of "
+                f"{self._num_hypotheses} hypotheses, and there are {len(features)}. Set it to 0, or give more training data."
+            )
+        return find_centres(features, self._num_hypotheses, self.args.seed)
+
     # ------------------------------------------------------------------------------------------------------------
     # Schedule and draws
 
@@ -533,8 +585,9 @@ class MCLTrainer(SavingTrainer):
 
     @property
     def _relative_temperature(self) -> float:
-        """The temperature in units of `temperature_unit`. It falls from the step on in which the hypotheses split."""
-        args, split = self.args, self._split_step
+        """The temperature in units of `temperature_unit`. It falls from the step on in which the scores decide."""
+        args, split = self.args, self._seeded_step
+        assert args.initial_temperature is not None
         assert args.final_temperature is not None
         decay = args.temperature_decay
         if decay is None:
@@ -552,6 +605,16 @@ class MCLTrainer(SavingTrainer):
     def _split_step(self) -> int:
         """The first step in which the hypotheses compete."""
         return math.ceil(self.args.together_fraction * self.state.max_steps) if self._num_hypotheses > 1 else 0
+
+    @property
+    def _seeded_step(self) -> int:
+        """The first step in which the scores decide."""
+        return self._split_step + math.ceil((self.args.seeding_fraction or 0.0) * self.state.max_steps)
+
+    @property
+    def _is_seeding(self) -> bool:
+        """Whether clusters decide in the running step."""
+        return self._split_step <= self.state.global_step < self._seeded_step
 
     @property
     def _is_together(self) -> bool:
