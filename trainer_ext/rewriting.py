@@ -56,9 +56,9 @@ def _rewrite_tensor(tensor: torch.Tensor, change: Change) -> None:
         return
     mesh = tensor.device_mesh
     # Shards that are offloaded to the CPU are put together where the processes talk to each other.
-    whole = tensor.detach().to(mesh.device_type).full_tensor()
+    gathered: Any = tensor.detach().to(mesh.device_type)
     # Each process has all of it: nothing needs to be sent.
-    changed = distribute_tensor(change(whole), mesh, tensor.placements, src_data_rank=None)
+    changed = distribute_tensor(change(gathered.full_tensor()), mesh, tensor.placements, src_data_rank=None)
     tensor.to_local().copy_(changed.to_local())
 
 

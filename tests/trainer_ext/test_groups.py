@@ -101,7 +101,8 @@ def test_groups_stay_together_in_a_shuffled_order():
     for epoch in range(3):
         sampler.set_epoch(epoch)
         order = list(sampler)
-        assert sorted(order) == list(range(23)) and len(sampler) == 23
+        assert sorted(order) == list(range(23))
+        assert len(sampler) == 23
         runs = [group for group, _ in itertools.groupby(groups[row] for row in order)]
         assert len(runs) == 7
         orders.append(order)
