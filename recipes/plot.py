@@ -48,9 +48,15 @@ def main(args: PlotArguments) -> None:
     bottom.set_ylabel("win share")
     bottom.set_xlabel("optimizer step")
     bottom.legend(loc="lower left")
-    if "temperature" in logs[0]:
+    split = [log["step"] for log in logs if log.get("together") == 1.0]
+    if split:
+        for axes in (top, bottom):
+            axes.axvline(max(split), color="gray", linestyle="--")
+        top.annotate("split", (max(split), 1), xycoords=("data", "axes fraction"), va="top")
+    warm = [log for log in logs if "temperature" in log]
+    if warm:
         right = bottom.twinx()
-        right.plot(steps, [log["temperature"] for log in logs], "k:", label="temperature")
+        right.plot([log["step"] for log in warm], [log["temperature"] for log in warm], "k:", label="temperature")
         right.set_yscale("log")
         right.set_ylabel("temperature (nats per token)")
 

@@ -183,7 +183,7 @@ class MCLTrainer(SavingTrainer):
         # For the model card: what was last measured in training and on each evaluation set.
         self.figures: dict[str, CardFigures] = {}
         self._wins: WinWatch | None = None
-        self._last_temperature = 0.0
+        self._last_temperature: float | None = None
         # Of steps that are planned as a whole.
         self._plan: StepPlan | None = None
         self._recent = RecentScores(self._num_hypotheses, self.args.balance_queue)
@@ -757,10 +757,11 @@ class MCLTrainer(SavingTrainer):
                 logs.update(self._train_window.summary())
                 self.figures["training"] = self._train_window.for_card()
             self._train_window.clear()
-            if self.args.objective in ANNEALED:
+            # Not while all hypotheses learn as one.
+            if self.args.objective in ANNEALED and self._last_temperature is not None:
                 logs["temperature"] = self._last_temperature
-            if self.args.temperature_unit == "spread":
-                logs["score_spread"] = self._spread
+                if self.args.temperature_unit == "spread":
+                    logs["score_spread"] = self._spread
             if self._split_step:
                 # Of the last step that was trained.
                 logs["together"] = float(self.state.global_step <= self._split_step)

@@ -103,7 +103,8 @@ def steps_by_hand(model, batches, accumulation, options, remembered):
     ids=["step alone", "with a queue"],
 )
 def test_gradients_of_balanced_steps(tmp_path, accumulation, normalization, options, remembered):
-    options = {"objective": "balanced", "initial_temperature": 2.0, "final_temperature": 0.5, **options}
+    temperatures = {"initial_temperature": 2.0, "final_temperature": 0.5}
+    options = {"objective": "balanced", "seeding_fraction": 0.0, **temperatures, **options}
     model, collator, gradients = adapted_llama(), RecordingCollator(), Gradients()
     reference = frozen_copy(model)
     trainer = trainer_for(
@@ -175,6 +176,7 @@ def test_hypotheses_split_and_compete(tmp_path):
         peft_config=hypotheses(init_perturbation=0.1, shared_r=2),
         objective="balanced",
         together_fraction=0.3,
+        seeding_fraction=0.0,
         annealing_fraction=0.8,
         max_steps=10,
     )
@@ -184,8 +186,9 @@ def test_hypotheses_split_and_compete(tmp_path):
     assert logged(trainer, "together") == [1.0] * 3 + [0.0] * 7
     # B is the same in all of them until they split, up to rounding, and then no longer.
     assert max(spread[:3]) < 1e-6 < 1e-4 < min(spread[3:])
-    relative = [t / s for t, s in zip(logged(trainer, "temperature"), logged(trainer, "score_spread"), strict=True)][3:]
-    assert relative[0] == pytest.approx(1.0)
+    relative = [t / s for t, s in zip(logged(trainer, "temperature"), logged(trainer, "score_spread"), strict=True)]
+    assert len(relative) == 7
+    assert relative[0] == pytest.approx(0.2)
     assert relative[-1] == pytest.approx(0.05)
     assert all(a >= b for a, b in itertools.pairwise(relative))
     # All tie while they are one.
@@ -209,6 +212,9 @@ def test_resumed_run_goes_on_with_its_queue(tmp_path):
         "peft_config": hypotheses(init_perturbation=0.1),
         "objective": "balanced",
         "together_fraction": 0.2,
+        # Clusters decide in steps 2 to 6: the checkpoint falls between.
+        "seeding_fraction": 0.5,
+        "annealing_fraction": 0.8,
         "max_steps": 8,
         "save_strategy": "steps",
         "save_steps": 5,
@@ -240,7 +246,7 @@ def test_annealing_in_spreads(tmp_path):
     )
     trainer.train()
     relative = [t / s for t, s in zip(logged(trainer, "temperature"), logged(trainer, "score_spread"), strict=True)]
-    assert relative[0] == pytest.approx(1.0)
+    assert relative[0] == pytest.approx(0.2)
     assert relative[-1] == pytest.approx(0.05)
 
 
@@ -254,7 +260,10 @@ def test_annealing_in_spreads(tmp_path):
         ({"balance_queue": -1}, "`balance_queue` must be an integer of at least 0"),
         ({"together_fraction": 1.0}, "`together_fraction` must be in"),
         ({"together_fraction": 0.2}, "init_perturbation=0.1"),
-        ({"together_fraction": 0.6}, "must be below `annealing_fraction`"),
+        ({"together_fraction": 0.3, "seeding_fraction": 0.2}, "must be below `annealing_fraction`"),
+        ({"seeding_fraction": -0.1}, "`seeding_fraction` must be in"),
+        ({"seeding_sequences": 0}, "`seeding_sequences` must be an integer of at least 1"),
+        ({"objective": "wta", "seeding_fraction": 0.1}, "needs `objective='balanced'`"),
         ({"temperature_unit": "bits"}, "`temperature_unit` must be one of nats, spread"),
         ({"score_every": 2}, "`score_every=2` cannot be used with `objective='balanced'`"),
         ({"sample_winner": True, "sample_losers": True}, "not both"),
@@ -262,7 +271,7 @@ def test_annealing_in_spreads(tmp_path):
 )
 def test_bad_options_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        trainer_for(tmp_path, objective="balanced", **options)
+        trainer_for(tmp_path, **{"objective": "balanced", **options})
 
 
 def test_batches_that_were_not_planned_are_refused(tmp_path):
