@@ -26,8 +26,8 @@ from trainer_ext.metrics import ScoreWindow, competition_metrics
 # Below this part of the held-out sequences a hypothesis is dead.
 DEAD_SHARE = 0.01
 # How often, during training, the winners of the validation split are compared with the modes.
-LOOKS = 5
-DECODED_PROMPTS = 24
+LOOKS = 3
+DECODED_PROMPTS = 12
 DECODED_TOKENS = 32
 # One LoRA that is compared with K hypotheses gets, besides their ranks, that of a part that they may share.
 PLAIN_EXTRA = 8
@@ -152,7 +152,10 @@ def train(
         **spent,
         "logs": [log for log in trainer.state.log_history if "loss" in log],
         "looks": looks.found,
-        "windows": {split: trainer.score(rows) for split, rows in held_out.items()},
+        "windows": {
+            "validation": looks.last or trainer.score(held_out["validation"]),
+            "test": trainer.score(held_out["test"]),
+        },
         "texts": decode(trainer, held_out["test"]) if "prompt" in held_out["test"].column_names else [],
     }
 
@@ -163,13 +166,13 @@ class Looks(TrainerCallback):
     def __init__(self, trainer: MCLTrainer, rows: Dataset, modes: list[str]) -> None:
         self.trainer, self.rows, self.modes = trainer, rows, modes
         self.found: list[dict[str, Any]] = []
+        self.last: ScoreWindow | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.model.num_hypotheses > 1 and state.global_step % -(-state.max_steps // LOOKS) == 0:
-            window = self.trainer.score(self.rows)
-            self.found.append(
-                {"step": state.global_step, **agreement(self.modes, window.winners, window.scores.shape[1])}
-            )
+            self.last = self.trainer.score(self.rows)
+            agreed = agreement(self.modes, self.last.winners, self.last.scores.shape[1])
+            self.found.append({"step": state.global_step, **agreed})
 
 
 def base_model(task: Task, seed: int, bases: Path) -> Any:

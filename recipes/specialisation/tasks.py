@@ -71,13 +71,13 @@ def _read(folder: Path, label: str, sizes: dict[str, int]) -> dict[str, Dataset]
 def _debian(languages: tuple[str, ...] = LANGUAGES, weights: tuple[float, ...] | None = None) -> Any:
     def data(seed: int) -> dict[str, Dataset]:
         folder = debian.prepare_dataset(languages, weights, seed)
-        return _read(folder, "language", {"validation": 96, "test": 400})
+        return _read(folder, "language", {"validation": 64, "test": 320})
 
     return data
 
 
 def _bible(seed: int) -> dict[str, Dataset]:
-    return _read(bible.prepare_dataset(), "version", {"validation": 96, "test": 360})
+    return _read(bible.prepare_dataset(), "version", {"validation": 63, "test": 300})
 
 
 def _smollm2(seed: int) -> str:
@@ -91,7 +91,7 @@ def _markov(name: str, priors: tuple[float, ...] | None = None) -> Any:
             split: [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
             for split in ("train", "test")
         }
-        rows = {"train": splits["train"], "validation": splits["test"][:512], "test": splits["test"][512:]}
+        rows = {"train": splits["train"], "validation": splits["test"][:256], "test": splits["test"][256:1280]}
         return {
             split: Dataset.from_list(
                 [{"input_ids": row["input_ids"], "labels": row["input_ids"], "chain": row["chain"]} for row in part]
