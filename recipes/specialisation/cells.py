@@ -169,7 +169,8 @@ class Looks(TrainerCallback):
         self.last: ScoreWindow | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.model.num_hypotheses > 1 and state.global_step % -(-state.max_steps // LOOKS) == 0:
+        is_due = state.global_step % -(-state.max_steps // LOOKS) == 0 or state.global_step == state.max_steps
+        if is_due and self.trainer.model.num_hypotheses > 1:
             self.last = self.trainer.score(self.rows)
             agreed = agreement(self.modes, self.last.winners, self.last.scores.shape[1])
             self.found.append({"step": state.global_step, **agreed})
