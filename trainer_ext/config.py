@@ -17,7 +17,7 @@ NORMALIZATIONS = ("token", "sequence")
 TEMPERATURE_UNITS = ("nats", "spread")
 TARGET_SHARES = ("uniform", "tracked")
 DEFAULT_ANNEALING_FRACTION = 0.5
-DEFAULT_SEEDING_FRACTION = 0.1
+DEFAULT_SEEDING_FRACTION = 0.2
 # Initial and final.
 DEFAULT_TEMPERATURES = {"nats": (1.0, 1e-6), "spread": (0.2, 0.05)}
 
@@ -27,10 +27,10 @@ class MCLConfig(SFTConfig):
     """Arguments of [`MCLTrainer`]: all of `trl.SFTConfig`, and those of the winner-takes-all objective.
 
     Args:
-        objective (`str`): How the losses of the K hypotheses of a sequence are weighted. `"annealed"`: by a softmax of
-            their scores for each token, at a temperature that falls during training, then as `"wta"`; `"balanced"`: likewise,
-            but with offsets of the hypotheses that give each its share of the sequences (entropic optimal transport), so
-            that none starves; `"wta"`: only the best; `"relaxed"`: the best by `1 - relaxed_epsilon`, the others share the
+        objective (`str`): How the losses of the K hypotheses of a sequence are weighted. `"balanced"` (the default) and
+            `"annealed"`: by a softmax of their scores for each token, at a temperature that falls during training, then as
+            `"wta"`; `"balanced"` with offsets of the hypotheses that give each its share of the sequences (entropic optimal
+            transport), so that none starves; `"wta"`: only the best; `"relaxed"`: the best by `1 - relaxed_epsilon`, the others share the
             rest; `"random"`: one drawn at random (the control that any claim about the method needs).
         relaxed_epsilon (`float`): Weight that the losers share under `"relaxed"`, in [0, 1].
         initial_temperature (`float`, *optional*): Temperature at step 0 (or when the hypotheses begin to compete), above 0, in
@@ -48,14 +48,13 @@ class MCLConfig(SFTConfig):
             with the split.
         seeding_fraction (`float`, *optional*): Of `"balanced"`: part of training, in [0, 1), from the split on, in which
             sequences go to hypotheses by clusters of what the base model sees in them (`seeding`); then the scores decide,
-            and annealing begins. 0.1 by default.
+            and annealing begins. 0.2 by default.
         seeding_sequences (`int`): How many sequences of the training data the clusters are made from.
         target_shares (`str` or `list[float]`, *optional*): Of `"balanced"`: the part of the sequences that each hypothesis gets.
             `"uniform"` (the default); `"tracked"`: the shares it would get without balancing, a fifth of the way towards equal ones; or K
             numbers above 0.
-        balance_strength (`float`, *optional*): Of `"balanced"`, above 0, in units of `temperature_unit`: how much better a
-            hypothesis must be to get e times its share (see `transport.share_offsets`). None: the shares are kept whatever
-            it costs.
+        balance_strength (`float`): Of `"balanced"`, above 0, in units of `temperature_unit`: how much better a hypothesis must
+            be to get e times its share (see `transport.share_offsets`). Infinity: the shares are kept whatever it costs.
         balance_queue (`int`, *optional*): Of `"balanced"` and the unit `"spread"`: how many sequences before those of a step
             take part, 0 or more; 16 for each hypothesis by default.
         sample_winner (`bool`, *optional*): Train one hypothesis of each sequence, drawn by its weight, so that the mean
@@ -93,7 +92,7 @@ class MCLConfig(SFTConfig):
     """
 
     objective: str = field(
-        default="annealed",
+        default="balanced",
         metadata={
             "help": "Winner-takes-all objective: 'annealed', 'balanced', 'wta', 'relaxed' or 'random'.",
             "choices": list(OBJECTIVES),
@@ -133,7 +132,7 @@ class MCLConfig(SFTConfig):
     )
     seeding_fraction: float | None = field(
         default=None,
-        metadata={"help": "Part of training in which clusters of the data decide, under 'balanced' (default .1)."},
+        metadata={"help": "Part of training in which clusters of the data decide, under 'balanced' (default .2)."},
     )
     seeding_sequences: int = field(default=256, metadata={"help": "Sequences that the clusters are made from."})
     # Any: numbers in code and YAML, words on a command line.
@@ -294,11 +293,9 @@ class MCLConfig(SFTConfig):
                 f"`together_fraction` ({self.together_fraction!r}) and `seeding_fraction` ({self.seeding_fraction!r}) together "
                 f"must be below `annealing_fraction` ({fraction!r}): annealing begins after them."
             )
-        if self.balance_strength is not None and not (
-            isinstance(self.balance_strength, Real) and 0.0 < self.balance_strength < float("inf")
-        ):
+        if not isinstance(self.balance_strength, Real) or not self.balance_strength > 0.0:
             raise ValueError(
-                f"`balance_strength` must be above 0 and finite, or None (strict), got {self.balance_strength!r}."
+                f"`balance_strength` must be above 0 (infinity: strict shares), got {self.balance_strength!r}."
             )
         queue = self.balance_queue
         if queue is not None and (isinstance(queue, bool) or not isinstance(queue, int) or queue < 0):

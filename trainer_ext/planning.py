@@ -152,7 +152,7 @@ def balanced_scores(
     *,
     wanted: str | list[float],
     temperature: float,
-    strength: float | None,
+    strength: float,
 ) -> torch.Tensor:
     """The scores of a step with the offsets of the hypotheses: softmax_k of them, for each token / T, is the transport plan.
 
@@ -162,7 +162,7 @@ def balanced_scores(
         rows (`torch.Tensor`): float64 of shape (N, K), in nats for each token: those of the step and before (`RecentScores`).
         wanted: See `target_shares`.
         temperature (`float`): T > 0, in nats for each token.
-        strength (`float`, *optional*): See `transport.share_offsets`.
+        strength (`float`): See `transport.share_offsets`.
 
     Returns:
         `torch.Tensor`: float64 of shape (S, K): s_k + n v_k. Where s_k is not finite, it stays so.

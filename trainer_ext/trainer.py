@@ -523,14 +523,13 @@ class MCLTrainer(SavingTrainer):
         args, temperature = self.args, self._annealing_temperature()
         self._last_temperature = self.temperature
         if args.objective == "balanced":
-            strength = args.balance_strength
             scores = balanced_scores(
                 scores,
                 num_tokens,
                 rows,
                 wanted=args.target_shares,
                 temperature=self._last_temperature,
-                strength=None if strength is None else strength * self._unit,
+                strength=args.balance_strength * self._unit,
             )
         weights, _ = assignment_weights(
             args.objective, scores, num_tokens, epsilon=args.relaxed_epsilon, temperature=temperature, draws=draws

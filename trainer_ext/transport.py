@@ -13,6 +13,8 @@ et al. 2018 (targets that may be missed at a price).
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -39,27 +41,27 @@ def score_spread(scores: torch.Tensor) -> float:
 
 
 def share_offsets(
-    scores: torch.Tensor, targets: torch.Tensor, temperature: float, strength: float | None = None
+    scores: torch.Tensor, targets: torch.Tensor, temperature: float, strength: float = math.inf
 ) -> torch.Tensor:
-    """The offsets v of the plan: float64 of shape (K,), in nats for each token, with mean zero if the targets are strict.
+    """The offsets v of the plan: float64 of shape (K,), in nats for each token, with mean zero if the shares are strict.
 
     Args:
         scores (`torch.Tensor`): float64 of shape (N, K), finite, in nats for each token.
         targets (`torch.Tensor`): float64 of shape (K,), positive, summing to 1: the share of each hypothesis.
         temperature (`float`): T > 0, in nats for each token.
-        strength (`float`, *optional*): None: the shares are exactly the targets. A number: the price, in nats for each token,
-            of the Kullback-Leibler divergence of the shares from the targets; then v_k = -strength * log(share_k / target_k),
-            so a share that is far too small always costs more than any difference of scores, while large differences may
-            buy unequal shares.
+        strength (`float`): The price, in nats for each token, of the Kullback-Leibler divergence of the shares from the
+            targets: v_k = -strength * log(share_k / target_k). So a share that is far too small costs more than any difference
+            of scores, while large differences buy unequal shares. Infinity: the shares are exactly the targets.
     """
     offsets = torch.zeros_like(targets)
-    damping = 1.0 if strength is None else strength / (strength + temperature)
+    is_strict = math.isinf(strength)
+    damping = 1.0 if is_strict else strength / (strength + temperature)
     for _ in range(MOST_ITERATIONS):
         # log of the column means of softmax((z + v) / T).
         log_shares = torch.log_softmax((scores + offsets) / temperature, dim=1).logsumexp(0)
         log_shares = log_shares - torch.tensor(float(len(scores)), dtype=scores.dtype).log()
         moved = damping * (offsets + temperature * (targets.log() - log_shares))
-        if strength is None:
+        if is_strict:
             moved = moved - moved.mean()
         change = (moved - offsets).abs().max().item()
         offsets = moved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,10 +28,11 @@ class Method:
 
 
 SHARED = {"shared_r": 8}
-TOGETHER = {"together_fraction": 0.2}
+# What is recommended, less one thing, or with one more.
+UNSEEDED = {"seeding_fraction": 0.0}
+STRICT = {"balance_strength": math.inf}
+TOGETHER = {"together_fraction": 0.2, "annealing_fraction": 0.6}
 ALIKE = {"init_perturbation": 0.1}
-BALANCED = {"objective": "balanced"}
-SOFT = {"objective": "balanced", "balance_strength": 1.0}
 
 METHODS = {
     "lora": Method(plain=True),
@@ -40,14 +42,16 @@ METHODS = {
     "wta": Method({"objective": "wta"}),
     "relaxed": Method({"objective": "relaxed", "relaxed_epsilon": 0.1}),
     "annealed": Method({"objective": "annealed", "initial_temperature": 0.5, "final_temperature": 1e-3}),
-    "annealed, spreads": Method({"objective": "annealed", "temperature_unit": "spread", "sample_winner": True}),
-    "balanced": Method(BALANCED),
     "wta + shared": Method({"objective": "wta"}, SHARED),
-    "annealed, spreads + shared": Method(
-        {"objective": "annealed", "temperature_unit": "spread", "sample_winner": True}, SHARED
+    "wta + shared + reviving": Method({"objective": "wta", "revive_after_steps": 10}, SHARED),
+    "annealed + shared": Method(
+        {"objective": "annealed", "initial_temperature": 0.5, "final_temperature": 1e-3}, SHARED
     ),
-    "balanced + shared": Method(BALANCED, SHARED),
-    "balanced + together": Method({**BALANCED, **TOGETHER}, ALIKE),
-    "balanced + together + shared": Method({**BALANCED, **TOGETHER}, {**SHARED, **ALIKE}),
-    "soft + shared": Method(SOFT, SHARED),
+    "balanced": Method(),
+    "balanced + shared": Method({}, SHARED),
+    "balanced + shared, not seeded": Method(UNSEEDED, SHARED),
+    "balanced + shared, strict": Method(STRICT, SHARED),
+    "balanced + shared, not seeded, strict": Method({**UNSEEDED, **STRICT}, SHARED),
+    "balanced + shared, tracked": Method({"target_shares": "tracked"}, SHARED),
+    "balanced + shared + together": Method(TOGETHER, {**SHARED, **ALIKE}),
 }

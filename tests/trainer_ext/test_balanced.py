@@ -104,7 +104,8 @@ def steps_by_hand(model, batches, accumulation, options, remembered):
 )
 def test_gradients_of_balanced_steps(tmp_path, accumulation, normalization, options, remembered):
     temperatures = {"initial_temperature": 2.0, "final_temperature": 0.5}
-    options = {"objective": "balanced", "seeding_fraction": 0.0, **temperatures, **options}
+    options = {"seeding_fraction": 0.0, "balance_strength": math.inf, **temperatures, **options}
+    options["objective"] = "balanced"
     model, collator, gradients = adapted_llama(), RecordingCollator(), Gradients()
     reference = frozen_copy(model)
     trainer = trainer_for(

@@ -113,7 +113,7 @@ def test_rows_that_are_not_whole_take_no_part():
     rows = finite_rows(scores, torch.tensor([2, 1, 1, 3, 0]))
     assert rows.tolist() == [[-2.0, -1.0], [-3.0, -2.0]]
     balanced = balanced_scores(
-        scores, torch.tensor([2, 1, 1, 3, 0]), rows, wanted="uniform", temperature=0.1, strength=None
+        scores, torch.tensor([2, 1, 1, 3, 0]), rows, wanted="uniform", temperature=0.1, strength=math.inf
     )
     assert balanced.isfinite().tolist() == scores.isfinite().tolist()
     # Both rows differ by 1 nat for each token, so the offsets make them tie.
