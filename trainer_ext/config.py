@@ -143,11 +143,9 @@ class MCLConfig(SFTConfig):
             "nargs": "+",
         },
     )
-    balance_strength: float | None = field(
-        default=None,
-        metadata={
-            "help": "How much better a hypothesis must be for e times its share (default: the shares are strict)."
-        },
+    balance_strength: float = field(
+        default=0.5,
+        metadata={"help": "How much better a hypothesis must be for e times its share; inf: the shares are strict."},
     )
     balance_queue: int | None = field(
         default=None, metadata={"help": "Sequences before those of a step that are balanced with it (default: 16 K)."}
