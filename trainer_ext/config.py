@@ -58,7 +58,7 @@ class MCLConfig(SFTConfig):
         balance_queue (`int`, *optional*): Of `"balanced"` and the unit `"spread"`: how many sequences before those of a step
             take part, 0 or more; 16 for each hypothesis by default.
         sample_winner (`bool`, *optional*): Train one hypothesis of each sequence, drawn by its weight, so that the mean
-            gradient is that of all. By default only under `"balanced"`.
+            gradient is that of all. By default only under `"balanced"`, unless `sample_losers` is set.
         loss_normalization (`str`): `"token"`: the mean over the supervised tokens of the global batch, as SFTTrainer does;
             `"sequence"`: the mean over sequences of their means over tokens.
         scoring_batch_size (`int`, *optional*): The most rows (sequence times hypothesis; a packed row is one) of a forward
@@ -206,7 +206,7 @@ class MCLConfig(SFTConfig):
         if self.seeding_fraction is None:
             self.seeding_fraction = DEFAULT_SEEDING_FRACTION if self.objective == "balanced" else 0.0
         if self.sample_winner is None:
-            self.sample_winner = self.objective == "balanced"
+            self.sample_winner = self.objective == "balanced" and not self.sample_losers
         self._check_objective()
         self._check_balance()
         self._check_reviving()

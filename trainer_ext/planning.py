@@ -94,6 +94,10 @@ class StepPlan:
         for row, key in enumerate(keys):
             self._rows[key].append(row)
 
+    def __len__(self) -> int:
+        """The sequences that are still to be taken."""
+        return sum(map(len, self._rows.values()))
+
     def take(self, keys: list[int]) -> torch.Tensor:
         """The weights (B, K) of the sequences of a micro-batch. Each can be taken once.
 

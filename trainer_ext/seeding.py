@@ -17,11 +17,16 @@ ATTEMPTS = 10
 def find_centres(features: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """The centres of the best of ten runs of k-means: float32 of shape (count, width).
 
+    With fewer sequences than centres some are the same: nothing tells those hypotheses apart then.
+
     Args:
-        features (`torch.Tensor`): Shape (N, width), N >= count.
+        features (`torch.Tensor`): Shape (N, width).
         count (`int`): K.
         seed (`int`): Of the first centres (k-means++).
     """
+    if len(features) <= count:
+        places = torch.arange(count) % max(len(features), 1)
+        return features.float().cpu()[places] if len(features) else torch.zeros(count, features.shape[1])
     points = features.double().cpu().numpy()
     best, least = points[:count], float("inf")
     for attempt in range(ATTEMPTS):

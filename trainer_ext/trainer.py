@@ -222,8 +222,10 @@ class MCLTrainer(SavingTrainer):
         is_training = self.model.training
         if is_training and self._is_together:
             return self._learn_together(model, batch)
-        if is_training and self._plan is not None:
-            weights = self._plan.take(batch.keys)
+        if is_training and self._plans_steps:
+            # A batch that does not come from `get_batch_samples` is a step of its own.
+            plan = self._plan or self._plan_step([inputs])
+            weights = plan.take(batch.keys)
             return self._weigh(*self._run_weighted(model, batch, weights, _is_largest(weights)))
         draws = self._draw(batch, is_training)
         if is_training:
@@ -562,12 +564,9 @@ class MCLTrainer(SavingTrainer):
             inputs = self._prepare_inputs(collate(rows[start : start + SEEDING_BATCH]))
             batch = SequenceBatch(inputs)
             found.append(self._features(batch)[batch.num_tokens > 0])
+        # What is not finite is reported where it is scored.
         features = torch.cat(found)
-        if len(features) < self._num_hypotheses:
-            raise ValueError(
-                f"`seeding_fraction={self.args.seeding_fraction!r}` needs at least one sequence for each of "
-                f"{self._num_hypotheses} hypotheses, and there are {len(features)}. Set it to 0, or give more training data."
-            )
+        features = features[features.isfinite().all(dim=1)]
         return find_centres(features, self._num_hypotheses, self.args.seed)
 
     # ------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def says(*parts: str) -> str:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"objective": "hard"}, ("objective", "wta, relaxed, annealed, random", "'hard'")),
+        ({"objective": "hard"}, ("objective", "wta, relaxed, annealed, balanced, random", "'hard'")),
         ({"objective": None}, ("objective", "None")),
         ({"loss_normalization": "batch"}, ("loss_normalization", "token, sequence", "'batch'")),
         ({"relaxed_epsilon": -0.1}, ("relaxed_epsilon", r"\[0, 1\]", "-0.1")),
@@ -61,7 +61,7 @@ def says(*parts: str) -> str:
         ({"initial_temperature": math.nan}, ("initial_temperature", "nan")),
         ({"final_temperature": 0.0}, ("final_temperature", "above 0")),
         ({"final_temperature": -1e-6}, ("final_temperature", "above 0", "-1e-06")),
-        ({"final_temperature": 2.0}, ("final_temperature", "2.0", "initial_temperature", "1.0")),
+        ({"final_temperature": 2.0}, ("final_temperature", "2.0", "initial_temperature", "0.2")),
         ({"temperature_decay": 0.0}, ("temperature_decay", r"\(0, 1\]", "0.0")),
         ({"temperature_decay": 1.01}, ("temperature_decay", r"\(0, 1\]", "1.01")),
         ({"temperature_decay": -0.5}, ("temperature_decay", "-0.5")),
@@ -83,7 +83,7 @@ def says(*parts: str) -> str:
         ({"score_prefix": 0}, ("score_prefix", "at least 1", "0")),
         ({"score_prefix": True}, ("score_prefix", "integer", "True")),
         ({"relaxed_epsilon": "a lot"}, ("relaxed_epsilon", "a lot")),
-        ({"initial_temperature": None}, ("initial_temperature", "None")),
+        ({"initial_temperature": "warm"}, ("initial_temperature", "warm")),
     ],
     ids=str,
 )

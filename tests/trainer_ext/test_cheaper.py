@@ -429,7 +429,7 @@ def test_micro_batches_do_not_matter(tmp_path, options):
 def test_evaluation_scores_all_tokens_always(tmp_path):
     data = ragged_rows(8, without_labels=())
     options = {"model": adapted_llama(), "data": data, "eval_dataset": data}
-    short = trainer_for(tmp_path, score_prefix=1, score_every=2, **options).evaluate()
+    short = trainer_for(tmp_path, objective="wta", score_prefix=1, score_every=2, **options).evaluate()
     options["model"] = adapted_llama()
     assert short["eval_wta_nll"] == pytest.approx(trainer_for(tmp_path, **options).evaluate()["eval_wta_nll"], rel=1e-6)
 

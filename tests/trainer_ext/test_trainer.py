@@ -516,6 +516,7 @@ def test_temperature_by_fraction_of_training(tmp_path, assignments):
         tmp_path,
         max_steps=8,
         gradient_accumulation_steps=2,
+        objective="annealed",
         initial_temperature=10.0,
         final_temperature=0.1,
         annealing_fraction=0.5,
