@@ -532,7 +532,9 @@ def test_temperature_by_fraction_of_training(tmp_path, assignments):
 
 
 def test_temperature_by_decay(tmp_path, assignments):
-    trainer = trainer_for(tmp_path, temperature_decay=0.25, initial_temperature=2.0, final_temperature=0.1)
+    trainer = trainer_for(
+        tmp_path, objective="annealed", temperature_decay=0.25, initial_temperature=2.0, final_temperature=0.1
+    )
     trainer.train()
     assert logged(trainer, "temperature") == [2.0, 0.5, 0.125, 0.1]
     assert [temperature for temperature, _, _ in assignments] == [2.0, 0.5, 0.125, None]
@@ -541,19 +543,21 @@ def test_temperature_by_decay(tmp_path, assignments):
 
 
 def test_annealing_takes_half_of_training_by_default(tmp_path):
-    trainer = trainer_for(tmp_path, max_steps=6)
+    trainer = trainer_for(tmp_path, objective="annealed", max_steps=6)
     trainer.train()
     assert logged(trainer, "temperature") == pytest.approx([1.0, 1e-2, 1e-4, 1e-6, 1e-6, 1e-6])
 
 
 def test_temperature_counts_epochs_too(tmp_path):
-    trainer = trainer_for(tmp_path, max_steps=-1, num_train_epochs=2, annealing_fraction=1.0, final_temperature=1e-3)
+    trainer = trainer_for(
+        tmp_path, objective="annealed", max_steps=-1, num_train_epochs=2, annealing_fraction=1.0, final_temperature=1e-3
+    )
     trainer.train()
     assert logged(trainer, "temperature") == pytest.approx([10 ** (-3 * step / 6) for step in range(6)])
 
 
 def test_temperature_is_that_of_the_last_step_when_several_are_logged_together(tmp_path):
-    trainer = trainer_for(tmp_path, logging_steps=2, temperature_decay=0.5)
+    trainer = trainer_for(tmp_path, objective="annealed", logging_steps=2, temperature_decay=0.5)
     trainer.train()
     assert logged(trainer, "temperature") == [0.5, 0.125]
 
@@ -574,6 +578,7 @@ def test_weights_follow_the_scores_of_the_moment(tmp_path, assignments):
         model=model,
         data_collator=collator,
         callbacks=[Snapshot()],
+        objective="annealed",
         initial_temperature=0.1,
         temperature_decay=0.5,
     )
@@ -859,7 +864,7 @@ def test_training_arguments_and_sft_arguments_become_ours(tmp_path):
             peft_config=hypotheses(),
         )
         assert isinstance(trainer.args, MCLConfig)
-        assert (trainer.args.objective, trainer.args.annealing_fraction) == ("annealed", 0.5)
+        assert (trainer.args.objective, trainer.args.annealing_fraction) == ("balanced", 0.5)
         for name in ("learning_rate", "weight_decay", "lr_scheduler_type", "bf16", "max_steps", "seed", "hub_token"):
             assert getattr(trainer.args, name) == getattr(args, name), name
         for name in ("max_length", "completion_only_loss", "eos_token", "pad_token"):
@@ -884,7 +889,7 @@ def test_no_arguments_at_all_give_a_directory_named_after_the_model(tmp_path, mo
         model=base, train_dataset=ragged_pairs(), processing_class=word_tokenizer(), peft_config=hypotheses()
     )
     assert Path(trainer.args.output_dir).name == "tiny-llama-MCL"
-    assert trainer.args.objective == "annealed"
+    assert trainer.args.objective == "balanced"
 
 
 def test_models_of_every_kind_train_alike(tmp_path):
