@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from trainer_ext.groups import GROUPS
+
 
 # Inputs with one column for each token. They are cut together, and only if no other input seems to have such columns.
 TOKEN_INPUTS = frozenset(
@@ -24,15 +26,21 @@ class SequenceBatch:
             `cu_seq_lens_q` (S + 1,), the bounds of S sequences, and tensors of shape (1, L, ...), it is one packed row.
 
     Attributes:
+        inputs (`dict`): Those for the model: without the groups.
+        groups (`torch.Tensor`, *optional*): int64 of shape (B,), the group of each sequence, if the collator tells it.
         bounds (`list[int]`, *optional*): The bounds of the sequences of a packed row; None for padded rows.
         sequence (`torch.Tensor`): int64 of shape (N,), the sequence of each of the N supervised tokens.
         row, column (`torch.Tensor`): int64 of shape (N,), the position that predicts each supervised token.
         targets (`torch.Tensor`): int64 of shape (N,), the supervised tokens.
         num_tokens (`torch.Tensor`): int64 of shape (B,), the supervised tokens of each sequence.
+
+    Raises:
+        ValueError: There are groups, but not one for each sequence.
     """
 
     def __init__(self, inputs: dict[str, Any]) -> None:
-        self.inputs = inputs
+        self.inputs = {name: value for name, value in inputs.items() if name != GROUPS}
+        self.groups: torch.Tensor | None = inputs.get(GROUPS)
         self.labels: torch.Tensor = inputs["labels"]
         ends = inputs.get("cu_seq_lens_q")
         self.bounds: list[int] | None = None if ends is None else ends.tolist()
@@ -45,6 +53,17 @@ class SequenceBatch:
             self.sequence = torch.bucketize(self.column + 1, starts, right=True)
         ones = torch.ones_like(self.sequence)
         self.num_tokens = self.sequence.new_zeros(len(self)).index_add(0, self.sequence, ones)
+        if self.groups is not None and len(self.groups) != len(self):
+            self.groups = self._fill_up(self.groups)
+
+    def _fill_up(self, groups: torch.Tensor) -> torch.Tensor:
+        """Each position that fills up a packed row is a sequence with nothing to learn: it gets a group, too, which counts nowhere."""
+        if len(groups) > len(self) or self.num_tokens[len(groups) :].any():
+            raise ValueError(
+                f"`group_column` gives {len(groups)} rows of this batch their groups, but it has {len(self)} sequences. Give each "
+                "sequence a row of its own, without packing."
+            )
+        return torch.cat([groups, groups.new_zeros(len(self) - len(groups))])
 
     def __len__(self) -> int:
         return len(self.labels) if self.bounds is None else len(self.bounds) - 1
@@ -99,7 +118,8 @@ class SequenceBatch:
         columns = -(-columns // (multiple_of or 1)) * (multiple_of or 1)
         columns = min(columns, self.labels.shape[1]) if self._can_cut else self.labels.shape[1]
         rows = torch.tensor(sequences, device=self.labels.device)
-        return SequenceBatch({name: self._cut(name, value, rows, columns) for name, value in self.inputs.items()})
+        inputs = {name: self._cut(name, value, rows, columns) for name, value in self.inputs.items()}
+        return SequenceBatch(self._with_groups(inputs, sequences))
 
     @property
     def _can_cut(self) -> bool:
@@ -141,7 +161,10 @@ class SequenceBatch:
         if "seq_idx" in inputs:
             order = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
             inputs["seq_idx"] = order[None].to(self.inputs["seq_idx"])
-        return SequenceBatch(inputs)
+        return SequenceBatch(self._with_groups(inputs, sequences))
+
+    def _with_groups(self, inputs: dict[str, Any], sequences: list[int] | slice) -> dict[str, Any]:
+        return inputs if self.groups is None else {**inputs, GROUPS: self.groups[sequences]}
 
     def first_tokens(self, count: int) -> SequenceBatch:
         """The same sequences with at most their first `count` supervised tokens supervised."""
@@ -157,7 +180,7 @@ class SequenceBatch:
     def _without_targets(self, hidden: torch.Tensor) -> SequenceBatch:
         labels = self.labels.clone()
         labels[self.row[hidden], self.column[hidden] + 1] = -100
-        return SequenceBatch({**self.inputs, "labels": labels})
+        return SequenceBatch(self._with_groups({**self.inputs, "labels": labels}, slice(None)))
 
     @cached_property
     def keys(self) -> list[int]:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from peft_mcl import MCLoraConfig
 from trainer_ext.config import MCLConfig
+from trainer_ext.groups import group_id
 
 
 logger = logging.getLogger(__name__)
@@ -145,6 +146,47 @@ def check_dataset(name: str, dataset: Any, args: Any, formatting_func: Callable[
                     f"`{name}` has an empty completion in row {row}: there is nothing to learn from it. Remove such rows, for "
                     "instance with `dataset.filter(lambda row: row['completion'])`."
                 )
+
+
+def check_groups(dataset: Any, column: str | None) -> None:
+    """Raise a ValueError unless each row of the training data has a group, and some group has several; `check_dataset` comes first."""
+    if column is None:
+        return
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"`group_column={column!r}` needs a `train_dataset` of known length, whose groups can be kept together, not a "
+            f"{type(dataset).__name__}. Load it without streaming, or leave the option out."
+        )
+    if "seq_lengths" in dataset.column_names:
+        raise ValueError(
+            f"`group_column={column!r}` needs a row for each sequence, but `train_dataset` has packed rows (the column 'seq_lengths'). "
+            "Give it without packing."
+        )
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"`group_column` is {column!r}, but `train_dataset` has the columns {sorted(dataset.column_names)}. Name the one "
+            "whose value the references of a prompt have in common."
+        )
+    of_images = ("prompt", "completion") if {"image", "images"} & {*dataset.column_names} else ()
+    of_text = ("input_ids", "labels", "messages", "conversations")
+    if column in (*of_text, "image", "images", *of_images):
+        raise ValueError(
+            f"`group_column={column!r}` is a column that sequences are made of when a batch is. Put what the references of a prompt "
+            "have in common into a column of its own, with `dataset.map`."
+        )
+    seen: set[int] = set()
+    for row, value in enumerate(dataset[column]):
+        if value is None:
+            raise ValueError(
+                f"`group_column={column!r}` is null in row {row} of `train_dataset`. Give every row the value of its prompt, or "
+                "remove the row."
+            )
+        seen.add(group_id(value))
+    if len(seen) == len(dataset):
+        raise ValueError(
+            f"`group_column={column!r}` has another value in each row of `train_dataset`, so there is nothing to match. Name the "
+            "column whose value the references of a prompt have in common, or leave the option out."
+        )
 
 
 def check_prepared_dataset(name: str, dataset: Any, max_length: int | None) -> None:

@@ -59,6 +59,13 @@ class MCLConfig(SFTConfig):
             take part, 0 or more; 16 for each hypothesis by default.
         sample_winner (`bool`, *optional*): Train one hypothesis of each sequence, drawn by its weight, so that the mean
             gradient is that of all. By default only under `"balanced"`, unless `sample_losers` is set.
+        group_column (`str`, *optional*): A column of the training data whose value is the same in the rows of one prompt, if the
+            prompt has several references, each a row. They are then matched with the hypotheses one to one (by the largest
+            sum of scores), in place of each going to its best: of R references a hypothesis wins at most ceil(R / K). The
+            scores that decide are those of the objective, with its offsets under `"balanced"`; matched winners are used from
+            the start, also while a temperature is warm. Groups are kept together when the data is shuffled; a step takes the
+            next rows, and the parts of a group that it cuts are matched each on their own, so let the global batch be several
+            groups. Nothing is matched in evaluation.
         loss_normalization (`str`): `"token"`: the mean over the supervised tokens of the global batch, as SFTTrainer does;
             `"sequence"`: the mean over sequences of their means over tokens.
         scoring_batch_size (`int`, *optional*): The most rows (sequence times hypothesis; a packed row is one) of a forward
@@ -154,6 +161,12 @@ class MCLConfig(SFTConfig):
         default=None,
         metadata={"help": "Train one hypothesis of each sequence, drawn by weight (default: under 'balanced')."},
     )
+    group_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with the same value in all references of a prompt, which are matched with hypotheses one to one."
+        },
+    )
     loss_normalization: str = field(
         default="token",
         metadata={
@@ -210,6 +223,7 @@ class MCLConfig(SFTConfig):
         self._check_objective()
         self._check_balance()
         self._check_reviving()
+        self._check_groups()
         self._refuse_meaningless_options()
         if self.temperature_decay is None and self.annealing_fraction is None:
             self.annealing_fraction = DEFAULT_ANNEALING_FRACTION
@@ -318,6 +332,31 @@ class MCLConfig(SFTConfig):
                 f"`revive_after_steps={steps}` does not go with `objective='random'`, which trains a hypothesis whether it wins "
                 "or not: it would be no control any more. Set it to 0."
             )
+
+    def _check_groups(self) -> None:
+        column = self.group_column
+        if column is None:
+            return
+        if not isinstance(column, str) or not column:
+            raise ValueError(f"`group_column` must be the name of a column, or None, got {column!r}.")
+        # What the groups cannot go with, why, and what to do.
+        refuse = {
+            "objective": (self.objective == "random", "which draws hypotheses and matches nothing. Choose another"),
+            "score_every": (
+                self.score_every > 1,
+                "as references are matched by the scores of all of them. Set it to 1",
+            ),
+            "packing": (self.packing, "as packed rows do not tell the groups of their sequences. Set it to False"),
+            "train_sampling_strategy": (
+                self.train_sampling_strategy not in ("random", "sequential"),
+                "as it tears groups apart. Set it to 'random', which keeps groups together, or 'sequential'",
+            ),
+        }
+        for name, (is_set, reason) in refuse.items():
+            if is_set:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` cannot be used with `group_column={column!r}`, {reason}."
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without tokens: this goes into `training_args.bin`, which goes to the Hub with the adapter."""

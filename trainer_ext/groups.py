@@ -11,10 +11,18 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch.utils.data import Sampler
 
-from trainer_ext.objectives import TIE, finite_scores, pick_winners
+from trainer_ext.objectives import (
+    TIE,
+    finite_scores,
+    give_broken_to_winner,
+    is_broken,
+    pick_winners,
+    winner_weights,
+)
 
 
-GROUPS = "groups"
+# What the groups are called in a batch. No model has an input of this name.
+GROUPS = "mcl_groups"
 
 
 def group_id(value: Any) -> int:
@@ -62,6 +70,42 @@ def match_groups(scores: torch.Tensor, groups: torch.Tensor, lots: torch.Tensor)
     return winners
 
 
+def matched_weights(
+    weights: torch.Tensor,
+    scores: torch.Tensor,
+    groups: torch.Tensor,
+    *,
+    objective: str,
+    epsilon: float,
+    draws: torch.Tensor,
+) -> torch.Tensor:
+    """The weights of an objective, but with matched winners for the sequences of groups of more than one.
+
+    Those have the weights of `objectives.winner_weights`, also while a temperature is warm: a softmax for each sequence on its
+    own could not keep two references of a prompt from the same hypothesis. A hypothesis that is broken on the sequence it is
+    matched with gives its weight to the best.
+
+    Args:
+        weights (`torch.Tensor`): Shape (N, K), as `objectives.assignment_weights` gives them. Groups of one keep theirs.
+        scores (`torch.Tensor`): Shape (N, K), those that decide.
+        groups (`torch.Tensor`): int64 of shape (N,).
+        objective, epsilon: See `objectives.assignment_weights`; not `"random"`.
+        draws (`torch.Tensor`): Shape (N, K + 1) or wider than K, numbers in [0, 1).
+
+    Returns:
+        `torch.Tensor`: float32 of shape (N, K), rows summing to 1.
+    """
+    num_hypotheses = scores.shape[1]
+    lots = draws[:, :num_hypotheses].to(scores.device)
+    winners = match_groups(scores, groups, lots)
+    is_lost = is_broken(scores).gather(1, winners[:, None]).squeeze(1)
+    winners = torch.where(is_lost, pick_winners(scores, lots), winners)
+    matched = give_broken_to_winner(winner_weights(objective, winners, num_hypotheses, epsilon), scores, winners)
+    _, places, sizes = groups.unique(return_inverse=True, return_counts=True)
+    has_others = (sizes[places] > 1).to(weights.device)
+    return torch.where(has_others[:, None], matched, weights)
+
+
 def _gains(scores: torch.Tensor, lots: torch.Tensor) -> torch.Tensor:
     """Scores of a group as float64 in which sums can be compared, and lots decide between those that tie."""
     is_finite = torch.isfinite(scores)
@@ -75,9 +119,14 @@ def _gains(scores: torch.Tensor, lots: torch.Tensor) -> torch.Tensor:
     top = known.max() + far
     low = known.min() - far
     wide = torch.where(is_finite, wide, torch.where(wide > 0, top, low))
-    # Scores are good to this part of themselves: what differs by less is rounded to one value, so that lots decide.
+    # Scores are good to this part of themselves: hypotheses of a sequence that differ by less get one value, so that lots decide.
+    # Not by rounding to a grid: two that tie can lie on both sides of a boundary.
     step = TIE * size
-    return (wide / step).round() * step + lots.double() * step / (4 * len(scores))
+    ordered, places = wide.sort(dim=1, descending=True)
+    begins = torch.ones_like(ordered, dtype=torch.bool)
+    begins[:, 1:] = ordered[:, :-1] - ordered[:, 1:] > step
+    levels = torch.where(begins, ordered, torch.inf).cummin(dim=1).values
+    return wide.scatter(1, places, levels) + lots.double() * step / (4 * len(scores))
 
 
 class GroupSampler(Sampler[int]):
@@ -116,7 +165,7 @@ class GroupSampler(Sampler[int]):
 
 
 class GroupCollator:
-    """A collator whose batches tell the group of each sequence.
+    """A collator whose batches tell the group of each sequence, unless a row has none (data to evaluate on need not).
 
     Args:
         collator: What makes batches of rows without the column.
@@ -128,6 +177,8 @@ class GroupCollator:
         self.column = column
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        ids = [group_id(row[self.column]) for row in rows]
+        values = [row.get(self.column) for row in rows]
         batch = self.collator([{name: value for name, value in row.items() if name != self.column} for row in rows])
-        return {**batch, GROUPS: torch.tensor(ids, dtype=torch.int64)}
+        if any(value is None for value in values):
+            return batch
+        return {**batch, GROUPS: torch.tensor([group_id(value) for value in values], dtype=torch.int64)}

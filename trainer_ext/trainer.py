@@ -22,6 +22,7 @@ from trainer_ext import checks, launches
 from trainer_ext.batches import SequenceBatch
 from trainer_ext.config import MCLConfig
 from trainer_ext.draws import Occurrences, sequence_draws
+from trainer_ext.groups import GROUPS, GroupCollator, GroupSampler, group_id, matched_weights
 from trainer_ext.metrics import ScoreWindow, WinWatch
 from trainer_ext.noise import evaluation_mode, has_dropout
 from trainer_ext.objectives import (
@@ -144,6 +145,8 @@ class MCLTrainer(SavingTrainer):
         checks.check_dataset("train_dataset", train_dataset, args, formatting_func)
         for name, dataset in _named_datasets(eval_dataset).items():
             checks.check_dataset(name, dataset, args, formatting_func)
+        checks.check_groups(train_dataset, args.group_column)
+        self._group_sampler: GroupSampler | None = None
 
         super().__init__(
             model=model,
@@ -169,6 +172,8 @@ class MCLTrainer(SavingTrainer):
             checks.check_packed_evaluation(self.args, self.padding_free, self.accelerator.num_processes)
         for name, dataset in {"train_dataset": self.train_dataset, **_named_datasets(self.eval_dataset)}.items():
             checks.check_prepared_dataset(name, dataset, args.max_length)
+        if args.group_column is not None:
+            self.data_collator = GroupCollator(self.data_collator, args.group_column)
         self._positions = SupervisedPositions(self.model.get_base_model())
         self._eval_window = ScoreWindow()
         self._forget_earlier_runs()
@@ -460,7 +465,7 @@ class MCLTrainer(SavingTrainer):
             if last > 0:
                 # The rows of the first process come first.
                 real = min(max(last - rows * self.accelerator.process_index, 0), rows)
-                batches[-1] = batch.without_labels(range(real, rows)).inputs
+                batches[-1] = {**batches[-1], "labels": batch.without_labels(range(real, rows)).labels}
                 count = self._get_num_items_in_batch(batches, device)
         return batches, count
 
@@ -478,7 +483,8 @@ class MCLTrainer(SavingTrainer):
         """Whether the weights of a sequence depend on the other sequences of the step."""
         args = self.args
         in_spreads = args.objective in ANNEALED and args.temperature_unit == "spread"
-        return self._num_hypotheses > 1 and (args.objective == "balanced" or in_spreads)
+        is_matched = args.group_column is not None
+        return self._num_hypotheses > 1 and (args.objective == "balanced" or in_spreads or is_matched)
 
     def _plan_step(self, batch_samples: list[dict[str, Any]]) -> StepPlan:
         """Score all micro-batches of a step and decide, for the sequences of all processes at once, what each trains."""
@@ -491,24 +497,38 @@ class MCLTrainer(SavingTrainer):
         keys = torch.tensor([key for batch in batches for key in batch.keys], device=self.accelerator.device)
         local = (
             keys,
+            self._groups_of(batches),
             torch.cat([scores for scores, _ in parts]),
             torch.cat([num_tokens for _, num_tokens in parts]),
             torch.cat(seeds),
         )
         # Where processes have different numbers of sequences, what fills up has no tokens.
         padded = (self.accelerator.pad_across_processes(tensor) for tensor in local)
-        all_keys, scores, num_tokens, deciding = (self.accelerator.gather(tensor).cpu() for tensor in padded)
+        all_keys, groups, scores, num_tokens, deciding = (self.accelerator.gather(tensor).cpu() for tensor in padded)
         place = self._place(is_training=True)
-        numbered = self._occurrences.number(all_keys.tolist(), place)
         # In an order of the content alone, sums and what is remembered do not depend on the processes. Sequences with nothing
         # to learn decide nothing.
-        order = sorted(num_tokens.nonzero().flatten().tolist(), key=numbered.__getitem__)
-        draws = sequence_draws([numbered[row] for row in order], self._num_hypotheses + 1, place)
-        found = wta_weights(torch.zeros(len(numbered), dtype=torch.int64), self._num_hypotheses)
+        order = sorted(
+            num_tokens.nonzero().flatten().tolist(), key=lambda row: (all_keys[row].item(), groups[row].item())
+        )
+        numbered = self._occurrences.number(all_keys[order].tolist(), place)
+        draws = sequence_draws(numbered, self._num_hypotheses + 1, place)
+        found = wta_weights(torch.zeros(len(all_keys), dtype=torch.int64), self._num_hypotheses)
         self._watch_scores(scores[order], num_tokens[order], draws)
-        found[order] = self._weights_of_step(deciding[order], num_tokens[order], draws)
-        first = self.accelerator.process_index * (len(numbered) // self.accelerator.num_processes)
+        found[order] = self._weights_of_step(deciding[order], num_tokens[order], groups[order], draws)
+        first = self.accelerator.process_index * (len(all_keys) // self.accelerator.num_processes)
         return StepPlan(keys.tolist(), found[first : first + len(keys)].to(self.accelerator.device))
+
+    def _groups_of(self, batches: list[SequenceBatch]) -> torch.Tensor:
+        """The group of each sequence (S,), 0 where nothing is matched."""
+        if self.args.group_column is None:
+            return torch.zeros(sum(map(len, batches)), dtype=torch.int64, device=self.accelerator.device)
+        if any(batch.groups is None for batch in batches):
+            raise ValueError(
+                f"A batch does not tell its groups, though there is a `group_column` ({self.args.group_column!r}). Leave "
+                "`trainer.data_collator` as it is, and give your own as an argument: `MCLTrainer(data_collator=...)`."
+            )
+        return torch.cat([batch.groups for batch in batches if batch.groups is not None])
 
     def _watch_scores(self, scores: torch.Tensor, num_tokens: torch.Tensor, draws: torch.Tensor) -> None:
         """Report the scores (S, K) of a step; the winners are the best, whatever is trained."""
@@ -516,8 +536,13 @@ class MCLTrainer(SavingTrainer):
         best = pick_winners(scores, draws[:, : self._num_hypotheses])
         self._watch_wins(self._note(scores, num_tokens, best))
 
-    def _weights_of_step(self, scores: torch.Tensor, num_tokens: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        """The weights (S, K) of the sequences of a step, from their scores (S, K), numbers of tokens (S,) and draws (S, K + 1)."""
+    def _weights_of_step(
+        self, scores: torch.Tensor, num_tokens: torch.Tensor, groups: torch.Tensor, draws: torch.Tensor
+    ) -> torch.Tensor:
+        """The weights (S, K) of the sequences of a step.
+
+        From their scores (S, K), numbers of tokens (S,), groups (S,) and draws (S, K + 1).
+        """
         if self.state.global_step == self._seeded_step:
             self._recent.forget()
         rows = self._recent.add(finite_rows(scores, num_tokens))
@@ -536,6 +561,10 @@ class MCLTrainer(SavingTrainer):
         weights, _ = assignment_weights(
             args.objective, scores, num_tokens, epsilon=args.relaxed_epsilon, temperature=temperature, draws=draws
         )
+        if args.group_column is not None:
+            weights = matched_weights(
+                weights, scores, groups, objective=args.objective, epsilon=args.relaxed_epsilon, draws=draws
+            )
         return self._thin_out(weights, draws)
 
     def _seeding_scores(self, batch: SequenceBatch) -> torch.Tensor:
@@ -568,6 +597,31 @@ class MCLTrainer(SavingTrainer):
         features = torch.cat(found)
         features = features[features.isfinite().all(dim=1)]
         return find_centres(features, self._num_hypotheses, self.args.seed)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Groups of references
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """As SFTTrainer, with the column of groups."""
+        super()._set_signature_columns_if_needed()
+        column = self.args.group_column
+        if column is not None and column not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, column]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As Trainer; groups are shuffled, not their sequences."""
+        args, dataset = self.args, self.train_dataset if train_dataset is None else train_dataset
+        if args.group_column is None or args.train_sampling_strategy == "sequential":
+            return super()._get_train_sampler(train_dataset)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self._group_sampler = GroupSampler([group_id(value) for value in dataset[args.group_column]], seed)
+        return self._group_sampler
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # accelerate does not reach a sampler below batches that are skipped, on several processes.
+        if self._group_sampler is not None:
+            self._group_sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(**kwargs)
 
     # ------------------------------------------------------------------------------------------------------------
     # Schedule and draws
@@ -848,6 +902,7 @@ class _Competition:
             return self.trainer._compete(self.model, inputs)
         # TRL asks again without the fused head for the logits of `compute_metrics`: those of the winners.
         hypotheses = 0 if self.trainer._num_hypotheses == 1 else self.trainer._winners
+        inputs.pop(GROUPS, None)
         return self.model(**inputs, hypotheses=hypotheses)
 
 

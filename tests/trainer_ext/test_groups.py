@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from trainer_ext.groups import GROUPS, GroupCollator, GroupSampler, group_id, match_groups
+from trainer_ext.groups import GROUPS, GroupCollator, GroupSampler, group_id, match_groups, matched_weights
 from trainer_ext.objectives import pick_winners
 
 
@@ -66,6 +66,32 @@ def test_ties_go_by_lot():
     assert min(found.values()) > 60
 
 
+def test_ties_are_ties_whatever_the_last_digits():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        # Hypotheses 0 and 1 are copies; only rounding tells them apart.
+        scores = torch.randn(4, 3, generator=generator, dtype=torch.float64) * 30 - 100
+        scores[:, 1] = scores[:, 0]
+        lots = torch.rand(4, 3, generator=generator)
+        noisy = scores * (1 + 2e-7 * torch.randn(4, 3, generator=generator, dtype=torch.float64).clamp(-1, 1))
+        groups = torch.zeros(4, dtype=torch.int64)
+        assert torch.equal(match_groups(noisy, groups, lots), match_groups(scores, groups, lots))
+
+
+def test_weights_of_groups_of_one_stay_and_broken_hypotheses_get_none():
+    nan = float("nan")
+    scores = torch.tensor([[nan, -1.0, -9.0], [nan, -1.5, -2.0], [nan, -3.0, -1.0], [-5.0, -5.5, -6.0]])
+    groups, draws = torch.tensor([4, 4, 4, 9]), torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
+    soft = torch.tensor([[0.2, 0.3, 0.5]]).expand(4, 3)
+    found = matched_weights(soft, scores, groups, objective="relaxed", epsilon=0.2, draws=draws)
+    # Someone must take hypothesis 0: the second, whose other scores are closest to the worst; its best takes the weight.
+    assert (found[:3, 0] == 0).all()
+    torch.testing.assert_close(found.sum(dim=1), torch.ones(4))
+    torch.testing.assert_close(found[3], soft[3])
+    assert found[:3].argmax(dim=1).tolist() == [1, 1, 2]
+    torch.testing.assert_close(found[0], torch.tensor([0.0, 0.9, 0.1]))
+
+
 def test_lots_decide_nothing_else():
     scores = torch.tensor([[-100.0, -100.01], [-100.0, -100.0]])
     for lots in (torch.tensor([[0.0, 0.99], [0.99, 0.0]]), torch.tensor([[0.99, 0.0], [0.0, 0.99]])):
@@ -119,3 +145,5 @@ def test_a_batch_tells_its_groups():
     assert batch["rows"] == [{"x": 1}, {"x": 2}, {"x": 3}]
     assert batch[GROUPS].dtype == torch.int64
     assert batch[GROUPS].tolist() == [group_id("a"), group_id("b"), group_id("a")]
+    for row in ({"x": 4}, {"x": 4, "prompt_id": None}):
+        assert collate([{"x": 1, "prompt_id": "a"}, row]) == {"rows": [{"x": 1}, {"x": 4}]}
