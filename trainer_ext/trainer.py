@@ -109,6 +109,8 @@ class MCLTrainer(SavingTrainer):
 
     # Untyped in the parents: a transformers model, None only before `__init__` has run.
     model: Any
+    data_collator: Any
+    _signature_columns: Any
     args: MCLConfig
 
     def __init__(
