@@ -171,7 +171,7 @@ def check_groups(dataset: Any, column: str | None) -> None:
     of_text = ("input_ids", "labels", "messages", "conversations")
     if column in (*of_text, "image", "images", *of_images):
         raise ValueError(
-            f"`group_column={column!r}` is a column that sequences are made of when a batch is. Put what the references of a prompt "
+            f"`group_column={column!r}` is a column that the sequences themselves are made from. Put what the references of a prompt "
             "have in common into a column of its own, with `dataset.map`."
         )
     seen: set[int] = set()

@@ -90,7 +90,7 @@ def matched_weights(
         scores (`torch.Tensor`): Shape (N, K), those that decide.
         groups (`torch.Tensor`): int64 of shape (N,).
         objective, epsilon: See `objectives.assignment_weights`; not `"random"`.
-        draws (`torch.Tensor`): Shape (N, K + 1) or wider than K, numbers in [0, 1).
+        draws (`torch.Tensor`): Shape (N, K + 1), numbers in [0, 1), the first K of which are lots.
 
     Returns:
         `torch.Tensor`: float32 of shape (N, K), rows summing to 1.
