@@ -518,6 +518,8 @@ class MCLTrainer(SavingTrainer):
         found = wta_weights(torch.zeros(len(all_keys), dtype=torch.int64), self._num_hypotheses)
         self._watch_scores(scores[order], num_tokens[order], draws)
         found[order] = self._weights_of_step(deciding[order], num_tokens[order], groups[order], draws)
+        # What a hypothesis is given counts here, which may be something that another one explains better.
+        self._watch_wins(found[order].argmax(dim=1).tolist())
         first = self.accelerator.process_index * (len(all_keys) // self.accelerator.num_processes)
         return StepPlan(keys.tolist(), found[first : first + len(keys)].to(self.accelerator.device))
 
@@ -536,7 +538,7 @@ class MCLTrainer(SavingTrainer):
         """Report the scores (S, K) of a step; the winners are the best, whatever is trained."""
         self._report_broken(scores)
         best = pick_winners(scores, draws[:, : self._num_hypotheses])
-        self._watch_wins(self._note(scores, num_tokens, best))
+        self._note(scores, num_tokens, best)
 
     def _weights_of_step(
         self, scores: torch.Tensor, num_tokens: torch.Tensor, groups: torch.Tensor, draws: torch.Tensor

@@ -42,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
         "balance_strength": 0.5,
         "target_shares": "tracked",
         "together_fraction": 0.34,
+        "annealing_fraction": 0.8,
         "peft_config": hypotheses(shared_r=2, init_perturbation=0.1),
     },
     "matched": {"objective": "relaxed", "relaxed_epsilon": 0.1, "group_column": "group"},
