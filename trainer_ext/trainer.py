@@ -79,9 +79,9 @@ class MCLTrainer(SavingTrainer):
 
     trainer = MCLTrainer(
         model="Qwen/Qwen3-0.6B",
-        args=MCLConfig(output_dir="out", objective="annealed"),
+        args=MCLConfig(output_dir="out"),
         train_dataset=dataset,
-        peft_config=MCLoraConfig(num_hypotheses=3, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=MCLoraConfig(num_hypotheses=3, shared_r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     trainer.train()
     ```
