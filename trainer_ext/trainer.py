@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +27,6 @@ from trainer_ext.noise import evaluation_mode, has_dropout
 from trainer_ext.objectives import (
     ANNEALED,
     assignment_weights,
-    decay_for,
     drop_small_weights,
     give_broken_to_winner,
     is_broken,
@@ -36,13 +34,13 @@ from trainer_ext.objectives import (
     pick_winners,
     sample_losers,
     sample_one,
-    temperature_at,
     winner_weights,
     wta_weights,
 )
 from trainer_ext.planning import RecentScores, StepPlan, balanced_scores, finite_rows, spread_of
 from trainer_ext.reseeding import Revival, reseed
 from trainer_ext.saving import SavingTrainer
+from trainer_ext.schedule import Schedule
 from trainer_ext.scoring import (
     ScoringCall,
     SupervisedPositions,
@@ -227,7 +225,7 @@ class MCLTrainer(SavingTrainer):
         """
         batch = SequenceBatch(inputs)
         is_training = self.model.training
-        if is_training and self._is_together:
+        if is_training and self._schedule.is_together:
             return self._learn_together(model, batch)
         if is_training and self._plans_steps:
             # A batch that does not come from `get_batch_samples` is a step of its own.
@@ -452,7 +450,9 @@ class MCLTrainer(SavingTrainer):
         self._revive()
         self._revive()
         batches, count = self._get_batch_samples(epoch_iterator, num_batches, device)
-        self._plan = self._plan_step(batches) if self._plans_steps and not self._is_together and batches else None
+        self._plan = (
+            self._plan_step(batches) if self._plans_steps and not self._schedule.is_together and batches else None
+        )
         return batches, count
 
     def _get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -495,7 +495,11 @@ class MCLTrainer(SavingTrainer):
         self.model.train()
         with self.compute_loss_context_manager():
             parts = [self._score_part(self.model_wrapped, batch, list(range(len(batch))), True) for batch in batches]
-            seeds = [self._seeding_scores(batch) for batch in batches] if self._is_seeding else [s for s, _ in parts]
+            seeds = (
+                [self._seeding_scores(batch) for batch in batches]
+                if self._schedule.is_seeding
+                else [s for s, _ in parts]
+            )
         keys = torch.tensor([key for batch in batches for key in batch.keys], device=self.accelerator.device)
         local = (
             keys,
@@ -547,7 +551,7 @@ class MCLTrainer(SavingTrainer):
 
         From their scores (S, K), numbers of tokens (S,), groups (S,) and draws (S, K + 1).
         """
-        if self.state.global_step == self._seeded_step:
+        if self.state.global_step == self._schedule.seeded:
             self._recent.forget()
         rows = self._recent.add(finite_rows(scores, num_tokens))
         self._spread = spread_of(rows)
@@ -635,53 +639,23 @@ class MCLTrainer(SavingTrainer):
         return self.model.num_hypotheses
 
     @property
-    def temperature(self) -> float:
-        """The temperature of the running optimizer step, in nats for each token."""
-        return self._unit * self._relative_temperature
+    def _schedule(self) -> Schedule:
+        """The place of the running step in training."""
+        return Schedule(self.args, self._num_hypotheses, self.state.global_step, self.state.max_steps)
 
     @property
-    def _relative_temperature(self) -> float:
-        """The temperature in units of `temperature_unit`. It falls from the step on in which the scores decide."""
-        args, split = self.args, self._seeded_step
-        assert args.initial_temperature is not None
-        assert args.final_temperature is not None
-        decay = args.temperature_decay
-        if decay is None:
-            steps = args.annealing_fraction * self.state.max_steps - split
-            decay = decay_for(args.initial_temperature, args.final_temperature, steps)
-        step = max(self.state.global_step - split, 0)
-        return temperature_at(step, args.initial_temperature, args.final_temperature, decay)
+    def temperature(self) -> float:
+        """The temperature of the running optimizer step, in nats for each token."""
+        return self._unit * self._schedule.temperature
 
     @property
     def _unit(self) -> float:
         """The unit of temperatures, in nats for each token."""
         return self._spread if self.args.temperature_unit == "spread" else 1.0
 
-    @property
-    def _split_step(self) -> int:
-        """The first step in which the hypotheses compete."""
-        return math.ceil(self.args.together_fraction * self.state.max_steps) if self._num_hypotheses > 1 else 0
-
-    @property
-    def _seeded_step(self) -> int:
-        """The first step in which the scores decide."""
-        return self._split_step + math.ceil((self.args.seeding_fraction or 0.0) * self.state.max_steps)
-
-    @property
-    def _is_seeding(self) -> bool:
-        """Whether clusters decide in the running step."""
-        return self._split_step <= self.state.global_step < self._seeded_step
-
-    @property
-    def _is_together(self) -> bool:
-        """Whether all hypotheses learn as one in the running step."""
-        return self.state.global_step < self._split_step
-
     def _annealing_temperature(self) -> float | None:
         """The temperature of an annealed objective while it falls, None once it is final."""
-        final = self.args.final_temperature
-        assert final is not None
-        return self.temperature if self.args.objective in ANNEALED and self._relative_temperature > final else None
+        return self.temperature if self._schedule.is_warm else None
 
     def _place(self, is_training: bool) -> str:
         """What draws depend on besides the sequence: the seed and the step."""
@@ -783,7 +757,7 @@ class MCLTrainer(SavingTrainer):
 
     def _revive(self) -> None:
         """Re-seed the hypotheses that have not won for too long, before the next step. All processes know the same winners."""
-        if self._revival is None or self._is_together:
+        if self._revival is None or self._schedule.is_together:
             return
         step, steps = self.state.global_step, self.args.revive_after_steps
         wins = self._revival.wins(step)
@@ -818,9 +792,10 @@ class MCLTrainer(SavingTrainer):
                 logs["temperature"] = self._last_temperature
                 if self.args.temperature_unit == "spread":
                     logs["score_spread"] = self._spread
-            if self._split_step:
+            split = self._schedule.split
+            if split:
                 # Of the last step that was trained.
-                logs["together"] = float(self.state.global_step <= self._split_step)
+                logs["together"] = float(self.state.global_step <= split)
             flips = None if self._remembered is None else self._remembered.flips()
             if flips is not None:
                 logs["winner_flips"] = flips
