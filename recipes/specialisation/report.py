@@ -73,8 +73,11 @@ def table(task: str, cells: list[dict[str, Any]]) -> str:
     head = ["method", "steps", "seeds", "purity", "NMI", "dead", "best", "mixture", "mean", "worst", "CPU s"]
     head += ["own language"] if has_text else []
     lines = [f"### {task}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    order = list(METHODS)
-    for (steps, method), group in sorted(rows.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
+    order = {method: place for place, method in enumerate(METHODS)}
+    # Results of methods that are no longer run come last.
+    for (steps, method), group in sorted(
+        rows.items(), key=lambda item: (item[0][0], order.get(item[0][1], len(order)))
+    ):
         competes = group[0]["hypotheses"] > 1
         line = [method, str(steps), str(len(group))]
         line += [spread([cell["agreement"][name] for cell in group]) if competes else "" for name in ("purity", "nmi")]
@@ -97,7 +100,7 @@ def spread(values: list[float]) -> str:
 def draw(task: str, cells: list[dict[str, Any]], path: Path) -> None:
     """Purity against the likelihood of the mixture, and how purity grows."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    methods = [method for method in METHODS if any(cell["method"] == method for cell in cells)]
+    methods = sorted({cell["method"] for cell in cells})
     colours = plt.get_cmap("tab20")(np.linspace(0, 1, max(len(methods), 2)))
     for method, colour in zip(methods, colours, strict=False):
         group = [cell for cell in cells if cell["method"] == method]
