@@ -1,0 +1,71 @@
+"""The experiments of docs/specialisation.md, on a toy of the same shape."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from datasets import Dataset
+
+from recipes.data import markov
+from recipes.specialisation.cells import run_cell
+from recipes.specialisation.methods import METHODS
+from recipes.specialisation.report import report
+from recipes.specialisation.tasks import TASKS
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFT_MCL_CACHE", str(tmp_path / "cache"))
+
+    def data(seed):
+        states, chains = markov.sample(num_sequences=64, seed=seed)
+        rows = [
+            {"input_ids": row, "labels": row, "chain": chain}
+            for row, chain in zip(states.tolist(), chains.tolist(), strict=True)
+        ]
+        return {
+            "train": Dataset.from_list(rows[:40]),
+            "validation": Dataset.from_list(rows[40:48]),
+            "test": Dataset.from_list(rows[48:]),
+        }
+
+    found = TASKS["chains 1"]
+    training = {**found.training, "per_device_train_batch_size": 8, "max_steps": 6}
+    return replace(found, data=data, training=training, model=lambda seed: str(markov.random_neo(seed)))
+
+
+@pytest.mark.parametrize("method", ["lora", "told the modes", "balanced + shared", "balanced + shared + together"])
+def test_a_cell(task, tmp_path, method):
+    found = run_cell(task, method, seed=0, bases=tmp_path)
+    assert found["hypotheses"] == (1 if method == "lora" else 2)
+    assert found["rank"] == {"lora": 136, "told the modes": 64}.get(method, 72)
+    figures = found["figures"]
+    assert figures["wta_nll"] <= figures["mean_nll"] <= figures["worst_nll"]
+    assert figures["wta_nll"] <= figures["mixture_nll"] <= figures["wta_nll"] + math.log(9) / 31
+    assert sum(map(sum, found["agreement"]["matrix"].values())) == 16
+    assert all(math.isfinite(value) for value in figures.values())
+
+    (tmp_path / "cells" / "chains-1").mkdir(parents=True)
+    (tmp_path / "cells" / "chains-1" / "one.json").write_text(json.dumps(found))
+    report(tmp_path / "cells")
+    assert f"| {method} | 6 | 1 |" in (tmp_path / "cells" / "report.md").read_text()
+    assert (tmp_path / "cells" / "chains-1.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "cells" / "results.json").read_text())[0]["figures"] == figures
+
+
+def test_a_trained_base_is_kept(task, tmp_path):
+    trained = replace(task, trained_base=True)
+    first = run_cell(trained, "balanced", seed=0, bases=tmp_path)
+    merged = tmp_path / "chains 1.seed0" / "model.safetensors"
+    written = merged.stat().st_mtime_ns
+    second = run_cell(trained, "balanced", seed=0, bases=tmp_path)
+    assert merged.stat().st_mtime_ns == written
+    assert second["figures"] == first["figures"]
+
+
+def test_methods_name_options_that_exist(tmp_path):
+    assert "balanced + shared" in METHODS
+    assert sum(method.plain or method.separate or method.told for method in METHODS.values()) == 3
