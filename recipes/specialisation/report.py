@@ -22,7 +22,7 @@ from recipes.specialisation.tasks import LANGUAGES, TASKS
 
 FIGURES = ("wta_nll", "mixture_nll", "mean_nll", "worst_nll")
 # Too long for the file that is kept.
-LEFT_OUT = ("logs", "texts", "looks")
+LEFT_OUT = ("logs", "texts")
 
 
 def report(root: Path) -> None:
