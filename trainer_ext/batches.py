@@ -49,8 +49,7 @@ class SequenceBatch:
         self.targets = self.labels[self.row, self.column + 1]
         self.sequence = self.row
         if self.bounds is not None:
-            starts = torch.tensor(self.bounds[1:], device=self.labels.device)
-            self.sequence = torch.bucketize(self.column + 1, starts, right=True)
+            self.sequence = self._sequence_of_columns(self.column + 1)
         ones = torch.ones_like(self.sequence)
         self.num_tokens = self.sequence.new_zeros(len(self)).index_add(0, self.sequence, ones)
         if self.groups is not None and len(self.groups) != len(self):
@@ -92,14 +91,18 @@ class SequenceBatch:
         needed = torch.ones(len(self), dtype=torch.int64, device=self.labels.device)
         return needed.scatter_reduce(0, self.sequence, self.column + 1 - start, "amax").tolist()
 
+    def _sequence_of_columns(self, columns: torch.Tensor) -> torch.Tensor:
+        """The sequences that columns (N,) of a packed row belong to."""
+        assert self.bounds is not None
+        return torch.bucketize(columns, torch.tensor(self.bounds[1:], device=self.labels.device), right=True)
+
     @property
     def sequence_of_positions(self) -> torch.Tensor:
         """The sequence in [0, B - 1] that each position belongs to, -1 for padding: int64 of the shape of the labels."""
         rows, width = self.labels.shape
         device = self.labels.device
         if self.bounds is not None:
-            starts = torch.tensor(self.bounds[1:], device=device)
-            return torch.bucketize(torch.arange(width, device=device), starts, right=True)[None]
+            return self._sequence_of_columns(torch.arange(width, device=device))[None]
         sequence = torch.arange(rows, device=device)[:, None].expand(rows, width)
         mask = self.inputs.get("attention_mask")
         return sequence if mask is None else torch.where(mask.bool(), sequence, -1)

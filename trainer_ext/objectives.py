@@ -202,21 +202,19 @@ def sample_losers(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """
     winner = wta_weights(weights.argmax(dim=1), weights.shape[1]).bool()
     losers = torch.where(winner, 0.0, weights)
-    return torch.where(winner, weights, _drawn_by_weight(losers, draws) * losers.sum(dim=1, keepdim=True))
+    return torch.where(winner, weights, sample_one(losers, draws) * losers.sum(dim=1, keepdim=True))
 
 
 def sample_one(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """One hypothesis of each sequence, drawn by its weight, with the weight 1: the mean of the gradient is that of all rows.
 
     Args:
-        weights (`torch.Tensor`): Shape (B, K), rows summing to 1.
+        weights (`torch.Tensor`): Shape (B, K), at least 0; what a row sums to does not matter.
         draws (`torch.Tensor`): Shape (B,), numbers in [0, 1).
+
+    Returns:
+        `torch.Tensor`: float32 of shape (B, K), one 1 in each row.
     """
-    return _drawn_by_weight(weights, draws)
-
-
-def _drawn_by_weight(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """1 for one entry of each row (B, K), drawn in proportion to the weights, 0 for the rest."""
     # A place on the line of cumulated weights, whose steps are the probabilities.
     place = draws.to(weights.device) * weights.sum(dim=1)
     drawn = torch.searchsorted(weights.cumsum(dim=1), place.unsqueeze(1), right=True).clamp(max=weights.shape[1] - 1)

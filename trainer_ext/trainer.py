@@ -448,7 +448,6 @@ class MCLTrainer(SavingTrainer):
         if self._remembered is not None:
             self._remembered.end_step()
         self._revive()
-        self._revive()
         batches, count = self._get_batch_samples(epoch_iterator, num_batches, device)
         self._plan = (
             self._plan_step(batches) if self._plans_steps and not self._schedule.is_together and batches else None
@@ -495,22 +494,19 @@ class MCLTrainer(SavingTrainer):
         self.model.train()
         with self.compute_loss_context_manager():
             parts = [self._score_part(self.model_wrapped, batch, list(range(len(batch))), True) for batch in batches]
-            seeds = (
-                [self._seeding_scores(batch) for batch in batches]
-                if self._schedule.is_seeding
-                else [s for s, _ in parts]
-            )
+            is_seeding = self._schedule.is_seeding
+            deciding = [self._seeding_scores(batch) for batch in batches] if is_seeding else [s for s, _ in parts]
         keys = torch.tensor([key for batch in batches for key in batch.keys], device=self.accelerator.device)
         local = (
             keys,
             self._groups_of(batches),
             torch.cat([scores for scores, _ in parts]),
             torch.cat([num_tokens for _, num_tokens in parts]),
-            torch.cat(seeds),
+            torch.cat(deciding),
         )
         # Where processes have different numbers of sequences, what fills up has no tokens.
         padded = (self.accelerator.pad_across_processes(tensor) for tensor in local)
-        all_keys, groups, scores, num_tokens, deciding = (self.accelerator.gather(tensor).cpu() for tensor in padded)
+        all_keys, groups, scores, num_tokens, decisive = (self.accelerator.gather(tensor).cpu() for tensor in padded)
         place = self._place(is_training=True)
         # In an order of the content alone, sums and what is remembered do not depend on the processes. Sequences with nothing
         # to learn decide nothing.
@@ -521,7 +517,7 @@ class MCLTrainer(SavingTrainer):
         draws = sequence_draws(numbered, self._num_hypotheses + 1, place)
         found = wta_weights(torch.zeros(len(all_keys), dtype=torch.int64), self._num_hypotheses)
         self._watch_scores(scores[order], num_tokens[order], draws)
-        found[order] = self._weights_of_step(deciding[order], num_tokens[order], groups[order], draws)
+        found[order] = self._weights_of_step(decisive[order], num_tokens[order], groups[order], draws)
         # What a hypothesis is given counts here, which may be something that another one explains better.
         self._watch_wins(found[order].argmax(dim=1).tolist())
         first = self.accelerator.process_index * (len(all_keys) // self.accelerator.num_processes)

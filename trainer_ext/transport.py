@@ -55,11 +55,11 @@ def share_offsets(
     """
     offsets = torch.zeros_like(targets)
     is_strict = math.isinf(strength)
+    log_count = math.log(len(scores))
     damping = 1.0 if is_strict else strength / (strength + temperature)
     for _ in range(MOST_ITERATIONS):
         # log of the column means of softmax((z + v) / T).
-        log_shares = torch.log_softmax((scores + offsets) / temperature, dim=1).logsumexp(0)
-        log_shares = log_shares - torch.tensor(float(len(scores)), dtype=scores.dtype).log()
+        log_shares = torch.log_softmax((scores + offsets) / temperature, dim=1).logsumexp(0) - log_count
         moved = damping * (offsets + temperature * (targets.log() - log_shares))
         if is_strict:
             moved = moved - moved.mean()
