@@ -43,7 +43,7 @@ def main() -> None:
                 print(f"[{number + 1} of {len(cells)}] {task}, {method}, seed {seed}", flush=True)
                 bases = root / "bases"
                 bases.mkdir(exist_ok=True)
-                result = run_cell(TASKS[task], method, seed, bases, arguments.steps)
+                result = run_cell(TASKS[task], method, seed, bases, path.with_suffix(""), arguments.steps)
                 write_whole(path, json.dumps(result))
                 print(line_of(result), flush=True)
         except Timeout:

@@ -33,7 +33,7 @@ DECODED_TOKENS = 32
 PLAIN_EXTRA = 8
 
 
-def run_cell(task: Task, name: str, seed: int, bases: Path, steps: int | None = None) -> dict[str, Any]:
+def run_cell(task: Task, name: str, seed: int, bases: Path, keep: Path, steps: int | None = None) -> dict[str, Any]:
     """Train and measure; returns everything that the report needs.
 
     Args:
@@ -41,20 +41,21 @@ def run_cell(task: Task, name: str, seed: int, bases: Path, steps: int | None = 
         name (`str`): A name in `METHODS`.
         seed (`int`): Of the data, the first hypotheses and the order of training.
         bases (`Path`): For what the trainer writes, and for base models that are trained first.
+        keep (`Path`): Where the trained adapter goes; with several LoRAs, into folders `0`, `1`... in it.
         steps (`int`, *optional*): Optimizer steps, in place of the task's.
     """
     method, data = METHODS[name], task.data(seed)
     wall, cpu = time.monotonic(), cpu_seconds()
     if method.separate or method.told:
         # Runs of one LoRA each, whose scores are put side by side.
-        runs = train_apart(task, method, seed, data, bases, steps)
+        runs = train_apart(task, method, seed, data, bases, keep, steps)
         windows = {split: side_by_side([run["windows"][split] for run in runs]) for split in runs[0]["windows"]}
         texts = [text for run in runs for text in run["texts"]]
         found = {**runs[0], "hypotheses": len(runs), "windows": windows, "texts": texts}
         for cost in ("train_wall_seconds", "train_cpu_seconds"):
             found[cost] = sum(run[cost] for run in runs)
     else:
-        found = train(task, method, seed, data, bases, steps)
+        found = train(task, method, seed, data, bases, keep, steps)
     windows = found.pop("windows")
     return {
         "task": task.name,
@@ -70,20 +71,22 @@ def run_cell(task: Task, name: str, seed: int, bases: Path, steps: int | None = 
 
 
 def train_apart(
-    task: Task, method: Method, seed: int, data: dict[str, Dataset], bases: Path, steps: int | None
+    task: Task, method: Method, seed: int, data: dict[str, Dataset], bases: Path, keep: Path, steps: int | None
 ) -> list[dict[str, Any]]:
     """One LoRA after the other: with seeds of their own on all data, or one for each mode."""
     plain = Method(plain=True)
     if method.separate:
         seeds = [seed * 100 + k for k in range(task.num_hypotheses)]
-        return [train(task, plain, one, data, bases, steps, r=task.r) for one in seeds]
+        return [
+            train(task, plain, one, data, bases, keep / str(place), steps, r=task.r) for place, one in enumerate(seeds)
+        ]
     modes = sorted(set(data["train"][task.label]))
     part = (steps or task.training["max_steps"]) // len(modes)
     found = []
-    for mode in modes:
+    for place, mode in enumerate(modes):
         rows = data["train"]
         own = rows.select([row for row, label in enumerate(rows[task.label]) if label == mode])
-        found.append(train(task, plain, seed, {**data, "train": own}, bases, part, r=task.r))
+        found.append(train(task, plain, seed, {**data, "train": own}, bases, keep / str(place), part, r=task.r))
     return found
 
 
@@ -132,6 +135,7 @@ def train(
     seed: int,
     data: dict[str, Dataset],
     bases: Path,
+    keep: Path,
     steps: int | None = None,
     r: int | None = None,
 ) -> dict[str, Any]:
@@ -144,6 +148,7 @@ def train(
     wall, cpu = time.monotonic(), cpu_seconds()
     trainer.train()
     spent = {"train_wall_seconds": time.monotonic() - wall, "train_cpu_seconds": cpu_seconds() - cpu}
+    trainer.model.save_pretrained(keep)
     config = trainer.model.peft_config["default"]
     return {
         "steps": trainer.state.global_step,

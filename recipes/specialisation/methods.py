@@ -49,6 +49,8 @@ METHODS = {
     ),
     "balanced": Method(),
     "balanced + shared": Method({}, SHARED),
+    "balanced + more shared": Method({}, {"shared_r": 32}),
+    "balanced + more shared + together": Method(TOGETHER, {"shared_r": 32, **ALIKE}),
     "balanced + shared, not seeded": Method(UNSEEDED, SHARED),
     "balanced + shared, strict": Method(STRICT, SHARED),
     "balanced + shared, not seeded, strict": Method({**UNSEEDED, **STRICT}, SHARED),

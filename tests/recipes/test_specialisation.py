@@ -39,7 +39,7 @@ def task(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["lora", "told the modes", "balanced + shared", "balanced + shared + together"])
 def test_a_cell(task, tmp_path, method):
-    found = run_cell(task, method, seed=0, bases=tmp_path)
+    found = run_cell(task, method, seed=0, bases=tmp_path, keep=tmp_path / "kept")
     assert found["hypotheses"] == (1 if method == "lora" else 2)
     assert found["rank"] == {"lora": 136, "told the modes": 64}.get(method, 72)
     figures = found["figures"]
@@ -58,10 +58,10 @@ def test_a_cell(task, tmp_path, method):
 
 def test_a_trained_base_is_kept(task, tmp_path):
     trained = replace(task, trained_base=True)
-    first = run_cell(trained, "balanced", seed=0, bases=tmp_path)
+    first = run_cell(trained, "balanced", seed=0, bases=tmp_path, keep=tmp_path / "kept")
     merged = tmp_path / "chains 1.seed0" / "model.safetensors"
     written = merged.stat().st_mtime_ns
-    second = run_cell(trained, "balanced", seed=0, bases=tmp_path)
+    second = run_cell(trained, "balanced", seed=0, bases=tmp_path, keep=tmp_path / "kept")
     assert merged.stat().st_mtime_ns == written
     assert second["figures"] == first["figures"]
 
