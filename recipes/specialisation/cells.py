@@ -30,7 +30,7 @@ LOOKS = 3
 DECODED_PROMPTS = 12
 DECODED_TOKENS = 32
 # One LoRA that is compared with K hypotheses gets, besides their ranks, that of a part that they may share.
-PLAIN_EXTRA = 8
+PLAIN_EXTRA = 32
 
 
 def run_cell(task: Task, name: str, seed: int, bases: Path, keep: Path, steps: int | None = None) -> dict[str, Any]:

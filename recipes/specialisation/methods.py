@@ -27,7 +27,7 @@ class Method:
     told: bool = False
 
 
-SHARED = {"shared_r": 8}
+SHARED = {"shared_r": 32}
 # What is recommended, less one thing, or with one more.
 UNSEEDED = {"seeding_fraction": 0.0}
 STRICT = {"balance_strength": math.inf}
@@ -49,11 +49,11 @@ METHODS = {
     ),
     "balanced": Method(),
     "balanced + shared": Method({}, SHARED),
-    "balanced + more shared": Method({}, {"shared_r": 32}),
-    "balanced + more shared + together": Method(TOGETHER, {"shared_r": 32, **ALIKE}),
+    "balanced + shared, r = 8": Method({}, {"shared_r": 8}),
     "balanced + shared, not seeded": Method(UNSEEDED, SHARED),
     "balanced + shared, strict": Method(STRICT, SHARED),
     "balanced + shared, not seeded, strict": Method({**UNSEEDED, **STRICT}, SHARED),
+    "balanced + shared, uniform": Method({"target_shares": "uniform"}, SHARED),
     "balanced + shared, tracked": Method({"target_shares": "tracked"}, SHARED),
     "balanced + shared + together": Method(TOGETHER, {**SHARED, **ALIKE}),
 }
