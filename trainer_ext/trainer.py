@@ -600,7 +600,7 @@ class MCLTrainer(SavingTrainer):
             found.append(self._features(batch)[batch.num_tokens > 0])
         # What is not finite is reported where it is scored.
         features = torch.cat(found)
-        features = features[features.isfinite().all(dim=1)]
+        features = features[features.isfinite().flatten(1).all(dim=1)]
         found = find_clusters(features, self._num_hypotheses, self.args.seed)
         wanted = self.args.target_shares
         if isinstance(wanted, list):
