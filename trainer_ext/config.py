@@ -51,8 +51,8 @@ class MCLConfig(SFTConfig):
             and annealing begins. 0.2 by default.
         seeding_sequences (`int`): How many sequences of the training data the clusters are made from.
         target_shares (`str` or `list[float]`, *optional*): Of `"balanced"`: the part of the sequences that each hypothesis gets.
-            `"clusters"` (the default): the shares of the clusters that the hypotheses began with, equal ones without seeding;
-            `"tracked"`: the shares that they would get without balancing; both a fifth of the way towards equal ones.
+            `"clusters"` (the default): the shares of the clusters that the hypotheses began with, equal ones without seeding, a twentieth of
+            the way towards equal ones; `"tracked"`: the shares that they would get without balancing, a fifth of the way;
             `"uniform"`; or K numbers above 0.
         balance_strength (`float`): Of `"balanced"`, above 0, in units of `temperature_unit`: how much better a hypothesis must
             be to get e times its share (see `transport.share_offsets`). Infinity: the shares are kept whatever it costs.

@@ -20,8 +20,9 @@ from trainer_ext.transport import score_spread, share_offsets
 RECENT_NAME = "recent_scores.safetensors"
 # Sequences for each hypothesis that are remembered unless the user says otherwise.
 RECENT_PER_HYPOTHESIS = 16
-# Part of the shares of clusters and of "tracked" ones that is equal for all hypotheses, so that none is zero.
-EQUAL_PART = 0.2
+# Part of the shares of clusters, and of "tracked" ones, that is equal for all hypotheses, so that none is zero.
+EQUAL_PART_OF_CLUSTERS = 0.05
+EQUAL_PART_OF_TRACKED = 0.2
 # The spread is at least this part of the size of the scores: hypotheses that differ by rounding alone do not differ.
 LEAST_SPREAD = 1e-3
 
@@ -138,7 +139,7 @@ def target_shares(
 
     Args:
         wanted (`str` or `list[float]`): `"clusters"`; `"uniform"`; `"tracked"`: those that the hypotheses would have at this
-            temperature without balancing; or K numbers. Of the first and third a fifth is equal for all.
+            temperature without balancing; or K numbers. A twentieth of the first and a fifth of the third is equal for all.
         clusters (`torch.Tensor`, *optional*): Shape (K,), the shares of the clusters that the hypotheses began with. Without
             any, `"clusters"` is `"uniform"`.
         rows (`torch.Tensor`): float64 of shape (N, K), in nats for each token.
@@ -148,12 +149,11 @@ def target_shares(
     equal = torch.full((count,), 1.0 / count, dtype=torch.float64)
     if wanted == "uniform":
         return equal
-    if wanted in ("clusters", "tracked"):
-        if wanted == "clusters":
-            free = equal if clusters is None else clusters.double()
-        else:
-            free = torch.softmax(rows / temperature, dim=1).mean(dim=0) if len(rows) else equal
-        return (1 - EQUAL_PART) * free + EQUAL_PART * equal
+    if wanted == "clusters":
+        return equal if clusters is None else equal.lerp(clusters.double(), 1 - EQUAL_PART_OF_CLUSTERS)
+    if wanted == "tracked":
+        free = torch.softmax(rows / temperature, dim=1).mean(dim=0) if len(rows) else equal
+        return equal.lerp(free, 1 - EQUAL_PART_OF_TRACKED)
     shares = torch.tensor(wanted, dtype=torch.float64)
     return shares / shares.sum()
 

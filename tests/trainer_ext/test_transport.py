@@ -124,7 +124,9 @@ def test_targets():
     rows = torch.tensor([[0.0, -9.0], [0.0, -9.0], [0.0, -9.0], [-9.0, 0.0]], dtype=torch.float64)
     clusters = torch.tensor([0.9, 0.1])
     assert target_shares("uniform", clusters, rows, 0.1).tolist() == [0.5, 0.5]
-    assert target_shares("clusters", clusters, rows, 0.1).tolist() == pytest.approx([0.8 * 0.9 + 0.1, 0.8 * 0.1 + 0.1])
+    assert target_shares("clusters", clusters, rows, 0.1).tolist() == pytest.approx(
+        [0.95 * 0.9 + 0.025, 0.95 * 0.1 + 0.025]
+    )
     assert target_shares("clusters", None, rows, 0.1).tolist() == pytest.approx([0.5, 0.5])
     tracked = target_shares("tracked", clusters, rows, 0.1).tolist()
     assert tracked == pytest.approx([0.8 * 0.75 + 0.1, 0.8 * 0.25 + 0.1])
