@@ -93,22 +93,26 @@ def read_prompts(args: GenerateArguments) -> list[dict[str, Any]]:
     return rows[: args.max_prompts]
 
 
-def load_model(adapter: str, args: GenerateArguments) -> Any:
+def load_model(adapter: str, args: Any) -> Any:
     """The hypotheses on their base model, which is quantised as `train_mcl.py` does it if that is asked for."""
     # Refuses what is no adapter with hypotheses, before the base model is loaded.
     MCLoraConfig.from_pretrained(adapter)
+    return AutoPeftModelForCausalLM.from_pretrained(adapter, **base_options(args)).eval()
+
+
+def base_options(args: Any) -> dict[str, Any]:
+    """How a base model is loaded: the arguments of `from_pretrained` for `dtype`, `load_in_4bit`, ... of `args`."""
     quantisation = ModelConfig(
         dtype="bfloat16" if args.dtype == "auto" else args.dtype,  # What 4-bit layers compute in.
         load_in_4bit=args.load_in_4bit,
         use_bnb_nested_quant=args.use_bnb_nested_quant,
         load_in_8bit=args.load_in_8bit,
     )
-    return AutoPeftModelForCausalLM.from_pretrained(
-        adapter,
-        dtype=args.dtype,
-        quantization_config=get_quantization_config(quantisation),
-        device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
-    ).eval()
+    return {
+        "dtype": args.dtype,
+        "quantization_config": get_quantization_config(quantisation),
+        "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"},
+    }
 
 
 def load_tokenizer(adapter: str, model: Any) -> Any:
@@ -126,12 +130,7 @@ def load_tokenizer(adapter: str, model: Any) -> Any:
 @torch.no_grad()
 def decode(model: Any, tokenizer: Any, prompts: list[Any], args: GenerateArguments) -> list[list[str]]:
     """For each prompt (text or chat messages), the continuation of each hypothesis."""
-    texts = [
-        prompt if isinstance(prompt, str)
-        else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        for prompt in prompts
-    ]  # fmt: skip
-    inputs = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
+    inputs = tokenizer(texts_of(tokenizer, prompts), return_tensors="pt", padding=True).to(model.device)
     sampling = {"temperature": args.temperature, "top_p": args.top_p} if args.do_sample else {}
     sequences = model.generate(
         input_ids=inputs["input_ids"],
@@ -144,10 +143,23 @@ def decode(model: Any, tokenizer: Any, prompts: list[Any], args: GenerateArgumen
         pad_token_id=tokenizer.pad_token_id,
         **sampling,
     )
-    new_tokens = sequences[:, inputs["input_ids"].shape[1] :]
-    answers = [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
-    count = len(answers) // len(prompts)
-    return [answers[i * count : (i + 1) * count] for i in range(len(prompts))]
+    return answers_of(tokenizer, sequences, inputs["input_ids"].shape[1], len(prompts))
+
+
+def texts_of(tokenizer: Any, prompts: list[Any]) -> list[str]:
+    """Prompts (text or chat messages) as the model reads them."""
+    return [
+        prompt if isinstance(prompt, str)
+        else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        for prompt in prompts
+    ]  # fmt: skip
+
+
+def answers_of(tokenizer: Any, sequences: torch.Tensor, prompt_length: int, num_prompts: int) -> list[list[str]]:
+    """The texts of what was generated, for each prompt, from sequences (num_prompts * K, T)."""
+    answers = tokenizer.batch_decode(sequences[:, prompt_length:], skip_special_tokens=True)
+    count = len(answers) // num_prompts
+    return [[text.strip() for text in answers[i * count : (i + 1) * count]] for i in range(num_prompts)]
 
 
 def show(rows: list[dict[str, Any]], hypotheses: list[int]) -> None:
@@ -166,9 +178,14 @@ def show(rows: list[dict[str, Any]], hypotheses: list[int]) -> None:
 
 def write_jsonl(rows: list[dict[str, Any]], path: Path) -> None:
     """Write the rows to `path`, whole or not at all."""
+    write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.write(text)
     os.replace(file.name, path)
     path.chmod(0o644)
 
