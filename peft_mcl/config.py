@@ -45,7 +45,9 @@ def check_weights(name: str, weights: Any, count: int) -> list[float]:
     """
     is_list = isinstance(weights, (list, tuple)) and len(weights) == count
     if not is_list or not all(_is_number(weight) and weight >= 0 for weight in weights) or not any(weights):
-        raise ValueError(f"`{name}` must be a list of {count} numbers of at least 0, not all of them 0, got {weights!r}.")
+        raise ValueError(
+            f"`{name}` must be a list of {count} numbers of at least 0, not all of them 0, got {weights!r}."
+        )
     # The largest first, because a sum of large numbers may overflow.
     weights = [weight / max(weights) for weight in weights] if max(weights) > 1 else [float(w) for w in weights]
     total = math.fsum(weights)

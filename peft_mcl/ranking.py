@@ -210,7 +210,9 @@ class _RankedCall:
 
     def _check(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"The method to rank by (`rank`) must be one of {', '.join(METHODS)}, got {self.method!r}.")
+            raise ValueError(
+                f"The method to rank by (`rank`) must be one of {', '.join(METHODS)}, got {self.method!r}."
+            )
         if self.method == "consensus":
             if not hasattr(self.tokenizer, "batch_decode"):
                 raise ValueError(

@@ -53,7 +53,10 @@ def test_shared_options_have_the_defaults_of_lora():
         ({"init_perturbation": float("nan")}, "`init_perturbation` must be a number of at least 0, or None, got nan"),
         ({"init_perturbation": "0.1"}, "`init_perturbation` must be a number of at least 0, or None, got '0.1'"),
         ({"init_perturbation": True}, "`init_perturbation` must be a number of at least 0, or None, got True"),
-        ({"hypothesis_weights": [1.0, 2.0]}, "`hypothesis_weights` must be a list of 3 numbers of at least 0, not all of them 0"),
+        (
+            {"hypothesis_weights": [1.0, 2.0]},
+            "`hypothesis_weights` must be a list of 3 numbers of at least 0, not all of them 0",
+        ),
         ({"hypothesis_weights": [1.0, 2.0, -1.0]}, r"`hypothesis_weights` .* got \[1.0, 2.0, -1.0\]"),
         ({"hypothesis_weights": [0, 0, 0]}, r"`hypothesis_weights` .* got \[0, 0, 0\]"),
         ({"hypothesis_weights": [1, 1, float("inf")]}, "`hypothesis_weights` must be a list of 3 numbers"),
