@@ -94,8 +94,8 @@ def rank_sequences(
         method (`str`): One of the above.
         hypotheses: As for `generate`.
         weights (`list[float]`, *optional*): K numbers of at least 0, in place of the adapter's `hypothesis_weights`.
-        **arguments: What `generate` was given, by name: inputs, and the options that matter here, `num_return_sequences`,
-            `eos_token_id`, `pad_token_id`, `length_penalty`, `stop_strings`, `stopping_criteria` and `tokenizer`. The rest
+        **arguments: What `generate` was given, by name: inputs, and the options that matter here, `num_return_sequences`
+            (with the `do_sample` or `num_beams` that allow it), `eos_token_id`, `pad_token_id`, `length_penalty`, `stop_strings`, `stopping_criteria` and `tokenizer`. The rest
             may be there, too.
 
     Returns:
@@ -436,7 +436,8 @@ def _chrf() -> Any:
 def _tuner_of(model: Any) -> MCLoraModel:
     """The tuner of a PeftModel, or of a transformers model that has the adapter, which keeps the tuner's `generate`."""
     owner = getattr(vars(model).get("generate"), "__self__", None)
-    for found in (getattr(model, "base_model", None), model, owner):
+    candidates: tuple[Any, ...] = (getattr(model, "base_model", None), model, owner)
+    for found in candidates:
         if hasattr(found, "routing") and hasattr(found, "num_hypotheses"):
             return found
     raise ValueError(f"`model` has no MCLORA adapter: it is a {type(model).__name__}.")

@@ -189,7 +189,7 @@ def test_what_cannot_be_ranked_is_refused_before_decoding(monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match="`weights` must be a list of 3 numbers"):
         rank_sequences(model, sequences, weights=[1, 2], **inputs)
     with pytest.raises(ValueError, match=r"`sequences` has the shape .* have 6 rows"):
-        rank_sequences(model, sequences, num_return_sequences=2, **inputs)
+        rank_sequences(model, sequences, num_return_sequences=2, do_sample=True, **inputs)
     with pytest.raises(ValueError, match="do not begin with the prompts"):
         rank_sequences(model, sequences, input_ids=inputs["input_ids"] - 1)
     with pytest.raises(ValueError, match="no MCLORA adapter: it is a LlamaForCausalLM"):
