@@ -95,6 +95,7 @@ class EvaluateArguments:
         default_factory=lambda: list(Settings.metrics),
         metadata={"help": f"Of {', '.join(QUALITY_METRICS)}; the first one judges choices and is drawn."},
     )
+    resamples: int = field(default=2000, metadata={"help": "Of the bootstrap."})
     embedding_model: str | None = field(
         default=None, metadata={"help": "A sentence-transformers model or folder: measure semantic diversity."}
     )

@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser, get_quantization_config
 
-from peft_mcl import MCLoraConfig  # also registers the adapter type
+from peft_mcl import MCLoraConfig, rank_sequences  # also registers the adapter type
 
 
 @dataclass
@@ -38,6 +38,10 @@ class GenerateArguments:
     max_prompts: int | None = field(default=None, metadata={"help": "Take only the first ones."})
     append: str = field(default="", metadata={"help": "Text to put after each prompt, such as '\\n'."})
     hypotheses: list[int] | None = field(default=None, metadata={"help": "Only these hypotheses, in this order."})
+    rank: str | None = field(
+        default=None,
+        metadata={"help": "Show the best first, by 'likelihood', 'mixture' or 'consensus', in place of by hypothesis."},
+    )
     max_new_tokens: int = field(default=64, metadata={"help": "Longest continuation, in tokens."})
     num_beams: int = field(default=1, metadata={"help": "Beams of each hypothesis."})
     do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the most likely."})
@@ -61,9 +65,9 @@ def main(args: GenerateArguments) -> None:
 
     for start in range(0, len(rows), args.batch_size):
         batch = rows[start : start + args.batch_size]
-        for row, continuations in zip(batch, decode(model, tokenizer, [r["prompt"] for r in batch], args), strict=True):
-            row["continuations"] = continuations
-    show(rows, args.hypotheses or list(range(model.num_hypotheses)))
+        for row, decoded in zip(batch, decode(model, tokenizer, [r["prompt"] for r in batch], args), strict=True):
+            row.update(decoded)
+    show(rows)
     if args.output:
         write_jsonl(rows, Path(args.output))
 
@@ -128,22 +132,33 @@ def load_tokenizer(adapter: str, model: Any) -> Any:
 
 
 @torch.no_grad()
-def decode(model: Any, tokenizer: Any, prompts: list[Any], args: GenerateArguments) -> list[list[str]]:
-    """For each prompt (text or chat messages), the continuation of each hypothesis."""
+def decode(model: Any, tokenizer: Any, prompts: list[Any], args: GenerateArguments) -> list[dict[str, list[Any]]]:
+    """For each prompt (text or chat messages) its `continuations` and their `hypotheses`; if they are ranked, their `scores`."""
     inputs = tokenizer(texts_of(tokenizer, prompts), return_tensors="pt", padding=True).to(model.device)
     sampling = {"temperature": args.temperature, "top_p": args.top_p} if args.do_sample else {}
-    sequences = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        hypotheses=args.hypotheses,
-        max_new_tokens=args.max_new_tokens,
-        num_beams=args.num_beams,
-        do_sample=args.do_sample,
-        repetition_penalty=args.repetition_penalty,
-        pad_token_id=tokenizer.pad_token_id,
+    call = {
+        "input_ids": inputs["input_ids"],
+        "attention_mask": inputs["attention_mask"],
+        "hypotheses": args.hypotheses,
+        "max_new_tokens": args.max_new_tokens,
+        "num_beams": args.num_beams,
+        "do_sample": args.do_sample,
+        "repetition_penalty": args.repetition_penalty,
+        "pad_token_id": tokenizer.pad_token_id,
         **sampling,
-    )
-    return answers_of(tokenizer, sequences, inputs["input_ids"].shape[1], len(prompts))
+    }
+    sequences = model.generate(**call)
+    hypotheses = args.hypotheses or list(range(model.num_hypotheses))
+    decoded: list[dict[str, list[Any]]] = [{"hypotheses": hypotheses} for _ in prompts]
+    if args.rank is not None:
+        ranking = rank_sequences(model, sequences, method=args.rank, tokenizer=tokenizer, **call)
+        sequences = sequences[ranking.rows]
+        decoded = [
+            {"hypotheses": order, "scores": scores}
+            for order, scores in zip(ranking.hypotheses.tolist(), ranking.scores.tolist(), strict=True)
+        ]
+    answers = answers_of(tokenizer, sequences, inputs["input_ids"].shape[1], len(prompts))
+    return [{"continuations": texts, **row} for texts, row in zip(answers, decoded, strict=True)]
 
 
 def texts_of(tokenizer: Any, prompts: list[Any]) -> list[str]:
@@ -162,15 +177,20 @@ def answers_of(tokenizer: Any, sequences: torch.Tensor, prompt_length: int, num_
     return [[text.strip() for text in answers[i * count : (i + 1) * count]] for i in range(num_prompts)]
 
 
-def show(rows: list[dict[str, Any]], hypotheses: list[int]) -> None:
-    """Print a table: a prompt in each row, a hypothesis in each column."""
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a table: a prompt in each row, and in each column a hypothesis, or a rank and who has it."""
+    is_ranked = "scores" in rows[0]
     table = Table(show_lines=True)
     table.add_column("prompt", style="bold", ratio=1)
-    for hypothesis in hypotheses:
-        table.add_column(f"hypothesis {hypothesis}", ratio=1)
+    for place, hypothesis in enumerate(rows[0]["hypotheses"]):
+        table.add_column(f"rank {place + 1}" if is_ranked else f"hypothesis {hypothesis}", ratio=1)
     for row in rows:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        table.add_row(prompt.strip(), *row["continuations"])
+        cells = row["continuations"]
+        if is_ranked:
+            told = zip(row["hypotheses"], row["scores"], cells, strict=True)
+            cells = [f"hypothesis {hypothesis} ({score:.2f}): {text}" for hypothesis, score, text in told]
+        table.add_row(prompt.strip(), *cells)
     # Away from a terminal (a file, a pipe) the width is unknown; the table needs room.
     console = Console(markup=False)
     Console(markup=False, width=console.width if console.is_terminal else 150).print(table)

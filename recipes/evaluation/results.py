@@ -106,7 +106,8 @@ def measure(
         tops = _chosen([scores[first] for scores in of_run[entry["contender"], entry["decoder"]]], runs)
         entry["top1_minus_greedy"] = {
             name: {
-                ranking: list(bootstrap_difference(values, alone, seed=settings.seed)) for ranking, values in tops.items()
+                ranking: list(bootstrap_difference(values, alone, resamples=settings.resamples, seed=settings.seed))
+                for ranking, values in tops.items()
             }
             for name, alone in greedy.items()
             if tops
@@ -135,7 +136,7 @@ def _interval(values: Any, settings: Settings) -> list[float] | None:
     """A mean over inputs and seeds with its interval. Inputs that a figure says nothing about are left out."""
     table = np.asarray(values, dtype=np.float64)
     table = table[..., ~np.isnan(table.reshape(-1, table.shape[-1])).any(axis=0)]
-    return list(bootstrap(table, seed=settings.seed)) if table.size else None
+    return list(bootstrap(table, resamples=settings.resamples, seed=settings.seed)) if table.size else None
 
 
 def _scores(run: Run, evidence: Evidence, settings: Settings) -> dict[str, np.ndarray]:
@@ -247,5 +248,5 @@ def _specialisation(
                 chosen = places.astype(int)
                 return agreement([modes[place] for place in chosen], winners[chosen], count)[name]
 
-            found[name] = list(bootstrap(np.arange(len(winners)), statistic, resamples=200, seed=settings.seed))
+            found[name] = list(bootstrap(np.arange(len(winners)), statistic, resamples=min(settings.resamples, 500), seed=settings.seed))
     return found

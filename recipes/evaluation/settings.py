@@ -26,6 +26,7 @@ class Settings:
         batch_size: Prompts decoded, and sequences scored, at once.
         max_length: Longest sequence that is scored, in tokens.
         metrics: Names in `QUALITY_METRICS`; the first one judges rankings and is drawn.
+        resamples: Of the bootstrap.
         embedding_model: A name or folder for sentence-transformers; None for no semantic diversity.
         mode_column: Column with the known mode of each sequence.
         append: Text to put after each prompt that is text.
@@ -48,6 +49,7 @@ class Settings:
     batch_size: int = 16
     max_length: int = 1024
     metrics: tuple[str, ...] = ("chrf", *(name for name in QUALITY_METRICS if name != "chrf"))
+    resamples: int = 2000
     embedding_model: str | None = None
     mode_column: str | None = None
     append: str = ""
@@ -61,7 +63,7 @@ class Settings:
             wrong = [value for value in getattr(self, name) if value not in known]
             if wrong or not getattr(self, name):
                 raise ValueError(f"`{name}`: {wrong or 'nothing'} given; choose from {', '.join(known)}.")
-        for name in ("num_beams", "max_new_tokens", "batch_size", "num_outputs", "max_prompts"):
+        for name in ("num_beams", "max_new_tokens", "batch_size", "resamples", "num_outputs", "max_prompts"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}={value}` must be at least 1.")

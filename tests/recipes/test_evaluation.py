@@ -41,7 +41,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def quick(folder: Path, **options) -> Settings:
-    return Settings(**{"output_dir": folder, "max_new_tokens": 4, "batch_size": 4, "dtype": "float32", **options})
+    return Settings(**{"output_dir": folder, "max_new_tokens": 4, "batch_size": 4, "resamples": 20, "dtype": "float32", **options})
 
 
 def lora(place: Path, hypothesis: int = 0) -> str:
@@ -88,7 +88,7 @@ def test_the_whole_command(place, tmp_path, capsys, monkeypatch):
     arguments = evaluate.EvaluateArguments(
         adapter=str(place / "mcl"), dataset_name=str(place / "data.jsonl"), mode_column="mode", output_dir=str(out),
         contenders=[f"lora={lora(place)}", f"lora={lora(place, 1)}", f"both={lora(place)},{lora(place, 1)}", "base"],
-        decoders=["greedy", "beam", "nucleus"], max_new_tokens=4, metrics=["chrf", "exact_match"], batch_size=4,
+        decoders=["greedy", "beam", "nucleus"], max_new_tokens=4, metrics=["chrf", "exact_match"], batch_size=4, resamples=20,
     )  # fmt: skip
     evaluate.main(arguments)
     results = json.loads((out / "evaluation.json").read_text())
