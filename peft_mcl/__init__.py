@@ -9,6 +9,7 @@ from peft_mcl.card import CardFigures, TrainingFacts, create_model_card, write_m
 from peft_mcl.config import MCLoraConfig
 from peft_mcl.convert import export_hypotheses, from_lora_adapters, split_lora_adapter
 from peft_mcl.model import MCLoraModel
+from peft_mcl.ranking import Ranking, consensus_order, rank_sequences
 from peft_mcl.registration import register
 from peft_mcl.serving import check_serving
 from peft_mcl.version import __version__
@@ -18,12 +19,15 @@ __all__ = [
     "CardFigures",
     "MCLoraConfig",
     "MCLoraModel",
+    "Ranking",
     "TrainingFacts",
     "__version__",
     "check_serving",
+    "consensus_order",
     "create_model_card",
     "export_hypotheses",
     "from_lora_adapters",
+    "rank_sequences",
     "split_lora_adapter",
     "write_model_card",
 ]

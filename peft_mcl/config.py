@@ -37,6 +37,24 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def check_weights(name: str, weights: Any, count: int) -> list[float]:
+    """The weights that are given for `count` things, divided by their sum.
+
+    Raises:
+        ValueError: They are not `count` numbers of at least 0, or all of them are 0; the message calls them `name`.
+    """
+    is_list = isinstance(weights, (list, tuple)) and len(weights) == count
+    if not is_list or not all(_is_number(weight) and weight >= 0 for weight in weights) or not any(weights):
+        raise ValueError(
+            f"`{name}` must be a list of {count} numbers of at least 0, not all of them 0, got {weights!r}."
+        )
+    # The largest first, because a sum of large numbers may overflow.
+    weights = [weight / max(weights) for weight in weights] if max(weights) > 1 else [float(w) for w in weights]
+    total = math.fsum(weights)
+    # What was normalised once stays as it is, bit by bit, each time that it is saved and loaded.
+    return weights if abs(total - 1) < 1e-12 else [weight / total for weight in weights]
+
+
 @dataclass
 class MCLoraConfig(PeftConfig):
     """Configuration of K LoRA hypotheses on one frozen model (LoRA-MCL, arXiv 2507.10419).
@@ -72,6 +90,10 @@ class MCLoraConfig(PeftConfig):
             of each, **shared by all hypotheses**.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*): Token embeddings that are trained,
             **shared by all hypotheses**.
+        hypothesis_weights (`list[float]`, *optional*): How much each hypothesis counts when outputs are ranked
+            (`generate(..., rank=...)`): K numbers of at least 0, kept divided by their sum. `None`: all alike. `MCLTrainer`
+            puts the win shares here; training never reads them. They are no part of what a hypothesis computes, so ordinary
+            LoRA adapters (`export_hypotheses`) and merged models do not have them, nor does a model made of LoRA adapters.
         requires (`str`): A note for readers of the saved file; it changes nothing.
 
     Raises:
@@ -114,6 +136,9 @@ class MCLoraConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Token embeddings that are trained; shared by all hypotheses."}
     )
+    hypothesis_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the hypotheses in rankings: K numbers; None for all alike."}
+    )
     requires: str = field(default=REQUIRES, repr=False, metadata={"help": "A note for readers of the saved file."})
 
     def __post_init__(self) -> None:
@@ -151,6 +176,7 @@ class MCLoraConfig(PeftConfig):
             raise ValueError(
                 f"`init_perturbation` must be a number of at least 0, or None, got {self.init_perturbation!r}."
             )
+        self._check_weights()
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"`bias` must be 'none', 'all' or 'lora_only', got {self.bias!r}.")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
@@ -162,6 +188,10 @@ class MCLoraConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform`: the indices of the layers to adapt.")
+
+    def _check_weights(self) -> None:
+        if self.hypothesis_weights is not None:
+            self.hypothesis_weights = check_weights("hypothesis_weights", self.hypothesis_weights, self.num_hypotheses)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -191,7 +221,12 @@ class MCLoraConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As in PEFT, and where `PeftModel.save_pretrained` has left a blank model card, fills it in."""
+        """As in PEFT, and where `PeftModel.save_pretrained` has left a blank model card, fills it in.
+
+        Raises:
+            ValueError: `hypothesis_weights` were set to something else than K weights.
+        """
+        self._check_weights()
         super().save_pretrained(save_directory, **kwargs)
         replace_card_of_peft(save_directory, self)
 

@@ -44,23 +44,20 @@ def generate(tuner: MCLoraModel, *args: Any, hypotheses: Any = None, **kwargs: A
             an assistant model), a filled cache, or an input that is not one row for each prompt (several pictures).
     """
     base: Any = tuner.model
-    chosen = _choose(tuner, hypotheses)
+    chosen = choose_hypotheses(tuner, hypotheses)
     route = Route(hypothesis=chosen[0])
     if len(chosen) > 1:
-        arguments = _bind(base, args, kwargs)
-        # The options in force, with the defaults of the model, and the inputs of the model, as `generate` tells them apart.
-        own = inspect.signature(type(base).generate).parameters
-        rest = {name: value for name, value in arguments.items() if name not in own}
-        options, inputs = base._prepare_generation_config(arguments.get("generation_config"), **rest)
+        arguments = bind_arguments(base, args, kwargs)
+        options, inputs = tell_apart(base, arguments)
         _refuse_single_row_arguments(arguments, options, len(chosen))
-        rows = _repeat_rows(base, arguments, options, inputs, len(chosen))
+        rows = repeat_rows(base, arguments, options, inputs, len(chosen))
         args, kwargs = (), arguments
         route = Route(decoded=tuple(chosen), num_inputs=rows)
     with tuner.routing.use(route):
         return type(base).generate(base, *args, **kwargs)
 
 
-def _choose(tuner: MCLoraModel, hypotheses: Any) -> list[int]:
+def choose_hypotheses(tuner: MCLoraModel, hypotheses: Any) -> list[int]:
     """The hypotheses to decode, in order."""
     count = tuner.num_hypotheses
     if hypotheses is None:
@@ -88,7 +85,7 @@ def _choose(tuner: MCLoraModel, hypotheses: Any) -> list[int]:
     return [check_hypothesis(hypotheses, count, "hypotheses")]
 
 
-def _bind(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def bind_arguments(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of the base model's `generate` by name."""
     signature = inspect.signature(type(base).generate)
     arguments = signature.bind_partial(base, *args, **kwargs).arguments
@@ -97,6 +94,13 @@ def _bind(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str,
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments.update(arguments.pop(parameter.name, {}))
     return dict(arguments)
+
+
+def tell_apart(base: Any, arguments: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
+    """The options in force, with the defaults of the model, and the inputs of the model, as `generate` tells them apart."""
+    own = inspect.signature(type(base).generate).parameters
+    rest = {name: value for name, value in arguments.items() if name not in own}
+    return base._prepare_generation_config(arguments.get("generation_config"), **rest)
 
 
 def _refuse_single_row_arguments(arguments: dict[str, Any], options: GenerationConfig, count: int) -> None:
@@ -120,20 +124,13 @@ def _refuse_single_row_arguments(arguments: dict[str, Any], options: GenerationC
         )
 
 
-def _repeat_rows(
+def repeat_rows(
     base: Any, arguments: dict[str, Any], options: GenerationConfig, inputs: dict[str, Any], count: int
 ) -> int:
     """Repeat every input `count` times in a row, in place in `arguments`, by the model's own rule. Returns B."""
-    own = inspect.signature(type(base).generate).parameters
-    own_inputs = {name: value for name, value in arguments.items() if name in own and _is_batched(name, value)}
-    batched = {name: value for name, value in inputs.items() if _is_batched(name, value)}
+    own_inputs, batched = _batched_inputs(base, arguments, inputs)
     encoder_outputs = arguments.get("encoder_outputs")
-    encoded = [] if encoder_outputs is None else [encoder_outputs[0]]
-    # The order in which `generate` looks for its main input.
-    named = {**batched, **own_inputs}
-    first = [named.get(name) for name in ("inputs", base.main_input_name, "input_ids", "inputs_embeds")]
-    known = [*first, *encoded, *batched.values()]
-    main = next((value for value in known if value is not None), None)
+    main = _main_input(base, arguments, inputs)
     if main is None:
         # As `generate` does for a call without a prompt, only for several rows.
         main = own_inputs["inputs"] = _empty_prompt(base, options)
@@ -171,6 +168,31 @@ def _repeat_rows(
             row // (count * samples) * samples + row % samples, ids
         )
     return size
+
+
+def count_inputs(base: Any, arguments: dict[str, Any], inputs: dict[str, Any]) -> int:
+    """B, the number of inputs of a call of `generate`; 1 if it has no prompt."""
+    main = _main_input(base, arguments, inputs)
+    return 1 if main is None else main.shape[0]
+
+
+def _batched_inputs(
+    base: Any, arguments: dict[str, Any], inputs: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The tensors that have a row for each input: arguments of `generate` itself, and inputs of the model."""
+    own = inspect.signature(type(base).generate).parameters
+    own_inputs = {name: value for name, value in arguments.items() if name in own and _is_batched(name, value)}
+    return own_inputs, {name: value for name, value in inputs.items() if _is_batched(name, value)}
+
+
+def _main_input(base: Any, arguments: dict[str, Any], inputs: dict[str, Any]) -> torch.Tensor | None:
+    own_inputs, batched = _batched_inputs(base, arguments, inputs)
+    encoder_outputs = arguments.get("encoder_outputs")
+    encoded = [] if encoder_outputs is None else [encoder_outputs[0]]
+    # The order in which `generate` looks for its main input.
+    named = {**batched, **own_inputs}
+    first = [named.get(name) for name in ("inputs", base.main_input_name, "input_ids", "inputs_embeds")]
+    return next((value for value in [*first, *encoded, *batched.values()] if value is not None), None)
 
 
 def _is_batched(name: str, value: Any) -> bool:

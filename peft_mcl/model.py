@@ -14,9 +14,9 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_q
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from peft_mcl import generation, routing
+from peft_mcl import generation, ranking, routing
 from peft_mcl.card import hub_id
-from peft_mcl.config import MCLoraConfig
+from peft_mcl.config import MCLoraConfig, check_weights
 from peft_mcl.layer import MCLoraLayer, adapt
 from peft_mcl.loading import check_tensors
 from peft_mcl.routing import Route, Routing, check_hypothesis
@@ -62,13 +62,31 @@ class MCLoraModel(BaseTuner):
     @property
     def num_hypotheses(self) -> int:
         """K of the active adapter (1 if none is active: the base model is the only answer)."""
+        name = self._adapter_that_counts
+        return 1 if name is None else self.peft_config[name].num_hypotheses
+
+    @property
+    def hypothesis_weights(self) -> list[float]:
+        """The K weights of the active adapter in rankings, of sum 1: its `hypothesis_weights`, or all alike if it has none."""
+        count, name = self.num_hypotheses, self._adapter_that_counts
+        weights = None if name is None else self.peft_config[name].hypothesis_weights
+        return [1 / count] * count if weights is None else check_weights("hypothesis_weights", weights, count)
+
+    @property
+    def _adapter_that_counts(self) -> str | None:
+        """The first active adapter with hypotheses."""
         # Asked of the layers: `inject_adapter_in_model` and transformers' `set_adapter` tell nobody else what is active.
         for module in self.model.modules():
             if isinstance(module, MCLoraLayer):
                 for name in module.active_adapters:
                     if name in module.num_hypotheses:
-                        return module.num_hypotheses[name]
-        return 1
+                        return name
+        return None
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether a hypothesis is merged into the base weights."""
+        return any(isinstance(module, MCLoraLayer) and module.merged for module in self.model.modules())
 
     @property
     def active_hypothesis(self) -> int:
@@ -127,9 +145,15 @@ class MCLoraModel(BaseTuner):
         with self.routing.restored():
             return self.model(*args, hypotheses=hypotheses, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Decode one sequence for each hypothesis. See [`peft_mcl.generation.generate`]."""
-        return generation.generate(self, *args, **kwargs)
+    def generate(self, *args: Any, rank: str | None = None, **kwargs: Any) -> Any:
+        """Decode one sequence for each hypothesis. See [`peft_mcl.generation.generate`].
+
+        With `rank` (`"likelihood"`, `"mixture"` or `"consensus"`) those of each input come best first. See
+        [`peft_mcl.ranking.generate_ranked`].
+        """
+        if rank is None:
+            return generation.generate(self, *args, **kwargs)
+        return ranking.generate_ranked(self, *args, rank=rank, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -1,40 +1,48 @@
-"""Measure the hypotheses of an adapter on held-out data: likelihood, how they share it, agreement with a known mode.
+"""Measure what hypotheses have become, and what they are worth beside honest baselines.
 
 ```bash
 python recipes/evaluate.py --adapter outputs/mcl --dataset_name test.jsonl --mode_column version --baseline outputs/lora
+python recipes/evaluate.py --adapter outputs/mcl --dataset_name test.jsonl --mode_column version --output_dir outputs/evidence \
+    --contenders lora=outputs/lora seeds=outputs/lora0,outputs/lora1,outputs/lora2 base --decoders beam diverse_beam nucleus
 ```
 
-A low best-of-K loss alone proves nothing: any balanced split of the data in K parts reaches the loss of one model minus
-log K nats for each sequence. So the best, the mean and the mixture stand beside that line, beside a single LoRA
-(`--baseline`, trained with `--num_hypotheses 1`), and beside the agreement with the mode label.
+The first form scores held-out data: a low best-of-K loss alone proves nothing, since any balanced split of the data in K parts reaches
+the loss of one model minus log K nats for each sequence. So the best, the mean and the mixture stand beside that line, beside a single
+LoRA (`--baseline`, trained with `--num_hypotheses 1`), and beside the agreement with the mode label.
+
+The second form also decodes the prompts with all contenders (`recipes/evaluation`), and writes `evaluation.json`, `.md` and `.png`:
+quality and diversity of K outputs at equal numbers of sequences and beams, how good one chosen output is, what each hypothesis wins.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import tempfile
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from datasets import Dataset, disable_progress_bars, load_dataset
-from peft import AutoPeftModelForCausalLM
+from datasets import Dataset, disable_progress_bars
 from rich.console import Console
 from rich.table import Table
-from sklearn.metrics import normalized_mutual_info_score
-from sklearn.metrics.cluster import contingency_matrix
-from transformers import PrinterCallback
-from trl import ModelConfig, TrlParser, get_quantization_config
+from trl import TrlParser
 
-from peft_mcl import MCLoraConfig  # also registers the adapter type
-from trainer_ext import MCLConfig, MCLTrainer
+
+# Run by path, Python looks for `recipes` beside this file.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from recipes.evaluation import tables
+from recipes.evaluation.baselines import train_baselines
+from recipes.evaluation.contenders import contender, parse_contenders
+from recipes.evaluation.decoders import DECODERS
+from recipes.evaluation.results import evaluate
+from recipes.evaluation.rows import read_rows
+from recipes.evaluation.runs import score_rows
+from recipes.evaluation.settings import Settings
+from recipes.generate import load_model, write_text
+from trainer_ext.evaluation import QUALITY_METRICS, agreement
 from trainer_ext.metrics import ScoreWindow
-
-
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass
@@ -46,26 +54,78 @@ class EvaluateArguments:
     mode_column: str | None = field(default=None, metadata={"help": "Column with the known mode of each sequence."})
     baseline: str | None = field(default=None, metadata={"help": "An adapter with one hypothesis to compare with."})
     max_sequences: int | None = field(default=None, metadata={"help": "Take only the first ones."})
-    batch_size: int = field(default=16, metadata={"help": "Sequences scored at once, times K rows."})
+    batch_size: int = field(default=16, metadata={"help": "Sequences scored, or prompts decoded, at once, times K rows."})
     max_length: int = field(default=1024, metadata={"help": "Longest sequence, in tokens."})
     dtype: str = field(default="auto", metadata={"help": "Of the base model: 'auto', 'bfloat16', 'float32'..."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the base model to 4 bits (NF4)."})
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "With it: quantise its scales, too."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the base model to 8 bits."})
-    output: str | None = field(default=None, metadata={"help": "Also write the figures to this JSON file."})
+    output: str | None = field(default=None, metadata={"help": "Without `output_dir`: write the figures to this JSON file."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Decode, too; for results and for outputs, which are not decoded again."}
+    )
+    contenders: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "What to compare with, beside `adapter` (named mcl) and `baseline`: NAME=PATH (MCLORA or LoRA), "
+            "NAME=PATH,PATH (LoRAs side by side), base. A name given again, mcl too, is another seed of it."
+        },
+    )
+    train_baselines: str | None = field(
+        default=None,
+        metadata={"help": "The YAML file that `adapter` was trained with: train and compare with the usual baselines."},
+    )
+    train_dataset_name: str | None = field(default=None, metadata={"help": "For it: training data, if not in the file."})
+    decoders: list[str] = field(
+        default_factory=lambda: list(DECODERS), metadata={"help": f"Of single models: {', '.join(DECODERS)}."}
+    )
+    num_outputs: int | None = field(default=None, metadata={"help": "Outputs of single models; as many as hypotheses."})
+    num_beams: int = field(default=1, metadata={"help": "Beams of each hypothesis; single models get K times as many."})
+    max_prompts: int | None = field(default=None, metadata={"help": "Decode only the first ones."})
+    append: str = field(default="", metadata={"help": "Text to put after each prompt, such as '\\n'."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest output, in tokens."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1: repeat less."})
+    top_k: int = field(default=40, metadata={"help": "Of top_k."})
+    top_p: float = field(default=0.9, metadata={"help": "Of nucleus."})
+    typical_p: float = field(default=0.9, metadata={"help": "Of typical."})
+    temperature: float = field(default=0.7, metadata={"help": "Of temperature."})
+    diversity_penalty: float = field(default=0.5, metadata={"help": "Of diverse_beam, in nats."})
+    seed: int = field(default=0, metadata={"help": "Of sampling and bootstrap; the n-th seed of a contender adds n."})
+    metrics: list[str] = field(
+        default_factory=lambda: list(Settings.metrics),
+        metadata={"help": f"Of {', '.join(QUALITY_METRICS)}; the first one judges choices and is drawn."},
+    )
+    resamples: int = field(default=2000, metadata={"help": "Of the bootstrap."})
+    embedding_model: str | None = field(
+        default=None, metadata={"help": "A sentence-transformers model or folder: measure semantic diversity."}
+    )
 
 
 def main(args: EvaluateArguments) -> None:
     disable_progress_bars()
-    suffix = Path(args.dataset_name).suffix
-    if suffix not in FILE_FORMATS or not Path(args.dataset_name).is_file():
-        raise ValueError(f"`dataset_name` must be a {', '.join(FILE_FORMATS)} file, and {args.dataset_name!r} is none.")
-    dataset = load_dataset(FILE_FORMATS[suffix], data_files=args.dataset_name, split="train")
-    if args.mode_column is not None and args.mode_column not in dataset.column_names:
-        raise ValueError(f"`mode_column`: there is no column {args.mode_column!r}, only {dataset.column_names}.")
-    if args.max_sequences is not None:
-        dataset = dataset.select(range(min(args.max_sequences, len(dataset))))
+    dataset = read_rows(args.dataset_name, args.mode_column, args.max_sequences)
+    if args.output_dir is None:
+        needing = [name for name in ("contenders", "train_baselines") if getattr(args, name)]
+        if needing:
+            raise ValueError(f"`{needing[0]}` needs `output_dir`, where outputs and results go: give `--output_dir`.")
+        likelihood(args, dataset)
+        return
+    names = {one.name for one in fields(Settings)} & {one.name for one in fields(EvaluateArguments)}
+    given = {name: getattr(args, name) for name in names}
+    lists = {"output_dir": Path(args.output_dir), "decoders": tuple(args.decoders), "metrics": tuple(args.metrics)}
+    settings = Settings(**{**given, **lists})
+    contenders = [contender("mcl", [args.adapter])]
+    contenders += [contender("baseline", [args.baseline])] if args.baseline else []
+    contenders += parse_contenders(args.contenders, contenders[0].base)
+    if args.train_baselines:
+        folder = settings.output_dir / "baselines"
+        contenders += train_baselines(args.adapter, Path(args.train_baselines), args.train_dataset_name, folder)
+    tables.show(evaluate(contenders, dataset, settings))
+    print(f"Wrote {settings.output_dir / 'evaluation.json'}, evaluation.md and evaluation.png.")
 
+
+def likelihood(args: EvaluateArguments, dataset: Dataset) -> None:
+    """Score the data, show the figures, and write them."""
     window = score(args.adapter, dataset, args)
     figures: dict[str, Any] = {"sequences": len(dataset), **window.summary()}
     if args.baseline:
@@ -78,70 +138,13 @@ def main(args: EvaluateArguments) -> None:
         figures["agreement"] = agreement(dataset[args.mode_column], window.winners, window.scores.shape[1])
     show(figures)
     if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_text(json.dumps(figures, indent=2) + "\n", Path(args.output))
 
 
 def score(adapter: str, dataset: Dataset, args: EvaluateArguments) -> ScoreWindow:
     """Scores of all sequences under all hypotheses of an adapter."""
-    model = load_model(adapter, args)
-    with tempfile.TemporaryDirectory() as scratch:
-        config = MCLConfig(
-            output_dir=scratch,
-            per_device_eval_batch_size=args.batch_size,
-            max_length=args.max_length,
-            report_to=[],
-            use_cpu=not torch.cuda.is_available(),
-            bf16=model.dtype == torch.bfloat16,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
-        )
-        columns = [name for name in dataset.column_names if name == args.mode_column]
-        data = dataset.remove_columns(columns)
-        trainer = MCLTrainer(model=model, args=config, train_dataset=data)
-        trainer.remove_callback(PrinterCallback)
-        return trainer.score(data)
-
-
-def load_model(adapter: str, args: EvaluateArguments) -> Any:
-    """The hypotheses on their base model, which is quantised as `train_mcl.py` does it if that is asked for."""
-    # Refuses what is no adapter with hypotheses, before the base model is loaded.
-    MCLoraConfig.from_pretrained(adapter)
-    quantisation = ModelConfig(
-        dtype="bfloat16" if args.dtype == "auto" else args.dtype,  # What 4-bit layers compute in.
-        load_in_4bit=args.load_in_4bit,
-        use_bnb_nested_quant=args.use_bnb_nested_quant,
-        load_in_8bit=args.load_in_8bit,
-    )
-    return AutoPeftModelForCausalLM.from_pretrained(
-        adapter,
-        dtype=args.dtype,
-        quantization_config=get_quantization_config(quantisation),
-        device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
-    ).eval()
-
-
-def agreement(modes: list[str], winners: torch.Tensor, num_hypotheses: int) -> dict[str, Any]:
-    """How well the winning hypothesis tells the mode.
-
-    Args:
-        modes (`list[str]`): The known mode of each of N sequences.
-        winners (`torch.Tensor`): int64 of shape (N,).
-        num_hypotheses (`int`): K.
-
-    Returns:
-        `dict`: `purity`, the share of sequences whose mode is the most frequent one of their winner; `nmi`, normalised mutual
-        information; `matrix`, sequences by mode and winning hypothesis.
-    """
-    names = sorted(set(modes))
-    # Every hypothesis gets a column, also one that won nothing.
-    counts = np.zeros((len(names), num_hypotheses), dtype=int)
-    counts[:, np.unique(winners.numpy())] = contingency_matrix(modes, winners.numpy())
-    return {
-        "purity": float(counts.max(axis=0).sum() / counts.sum()),
-        "nmi": float(normalized_mutual_info_score(modes, winners.numpy())),
-        "matrix": {name: counts[i].tolist() for i, name in enumerate(names)},
-    }
+    columns = [name for name in dataset.column_names if name == args.mode_column]
+    return score_rows(load_model(adapter, args), dataset.remove_columns(columns), args.batch_size, args.max_length)
 
 
 def show(figures: dict[str, Any]) -> None:

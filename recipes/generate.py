@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser, get_quantization_config
 
-from peft_mcl import MCLoraConfig  # also registers the adapter type
+from peft_mcl import MCLoraConfig, rank_sequences  # also registers the adapter type
 
 
 @dataclass
@@ -38,6 +38,10 @@ class GenerateArguments:
     max_prompts: int | None = field(default=None, metadata={"help": "Take only the first ones."})
     append: str = field(default="", metadata={"help": "Text to put after each prompt, such as '\\n'."})
     hypotheses: list[int] | None = field(default=None, metadata={"help": "Only these hypotheses, in this order."})
+    rank: str | None = field(
+        default=None,
+        metadata={"help": "Show the best first, by 'likelihood', 'mixture' or 'consensus', in place of by hypothesis."},
+    )
     max_new_tokens: int = field(default=64, metadata={"help": "Longest continuation, in tokens."})
     num_beams: int = field(default=1, metadata={"help": "Beams of each hypothesis."})
     do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the most likely."})
@@ -61,9 +65,9 @@ def main(args: GenerateArguments) -> None:
 
     for start in range(0, len(rows), args.batch_size):
         batch = rows[start : start + args.batch_size]
-        for row, continuations in zip(batch, decode(model, tokenizer, [r["prompt"] for r in batch], args), strict=True):
-            row["continuations"] = continuations
-    show(rows, args.hypotheses or list(range(model.num_hypotheses)))
+        for row, decoded in zip(batch, decode(model, tokenizer, [r["prompt"] for r in batch], args), strict=True):
+            row.update(decoded)
+    show(rows)
     if args.output:
         write_jsonl(rows, Path(args.output))
 
@@ -93,22 +97,26 @@ def read_prompts(args: GenerateArguments) -> list[dict[str, Any]]:
     return rows[: args.max_prompts]
 
 
-def load_model(adapter: str, args: GenerateArguments) -> Any:
+def load_model(adapter: str, args: Any) -> Any:
     """The hypotheses on their base model, which is quantised as `train_mcl.py` does it if that is asked for."""
     # Refuses what is no adapter with hypotheses, before the base model is loaded.
     MCLoraConfig.from_pretrained(adapter)
+    return AutoPeftModelForCausalLM.from_pretrained(adapter, **base_options(args)).eval()
+
+
+def base_options(args: Any) -> dict[str, Any]:
+    """How a base model is loaded: the arguments of `from_pretrained` for `dtype`, `load_in_4bit`, ... of `args`."""
     quantisation = ModelConfig(
         dtype="bfloat16" if args.dtype == "auto" else args.dtype,  # What 4-bit layers compute in.
         load_in_4bit=args.load_in_4bit,
         use_bnb_nested_quant=args.use_bnb_nested_quant,
         load_in_8bit=args.load_in_8bit,
     )
-    return AutoPeftModelForCausalLM.from_pretrained(
-        adapter,
-        dtype=args.dtype,
-        quantization_config=get_quantization_config(quantisation),
-        device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
-    ).eval()
+    return {
+        "dtype": args.dtype,
+        "quantization_config": get_quantization_config(quantisation),
+        "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"},
+    }
 
 
 def load_tokenizer(adapter: str, model: Any) -> Any:
@@ -124,41 +132,65 @@ def load_tokenizer(adapter: str, model: Any) -> Any:
 
 
 @torch.no_grad()
-def decode(model: Any, tokenizer: Any, prompts: list[Any], args: GenerateArguments) -> list[list[str]]:
-    """For each prompt (text or chat messages), the continuation of each hypothesis."""
-    texts = [
+def decode(model: Any, tokenizer: Any, prompts: list[Any], args: GenerateArguments) -> list[dict[str, list[Any]]]:
+    """For each prompt (text or chat messages) its `continuations` and their `hypotheses`; if they are ranked, their `scores`."""
+    inputs = tokenizer(texts_of(tokenizer, prompts), return_tensors="pt", padding=True).to(model.device)
+    sampling = {"temperature": args.temperature, "top_p": args.top_p} if args.do_sample else {}
+    call = {
+        "input_ids": inputs["input_ids"],
+        "attention_mask": inputs["attention_mask"],
+        "hypotheses": args.hypotheses,
+        "max_new_tokens": args.max_new_tokens,
+        "num_beams": args.num_beams,
+        "do_sample": args.do_sample,
+        "repetition_penalty": args.repetition_penalty,
+        "pad_token_id": tokenizer.pad_token_id,
+        **sampling,
+    }
+    sequences = model.generate(**call)
+    hypotheses = args.hypotheses or list(range(model.num_hypotheses))
+    decoded: list[dict[str, list[Any]]] = [{"hypotheses": hypotheses} for _ in prompts]
+    if args.rank is not None:
+        ranking = rank_sequences(model, sequences, method=args.rank, tokenizer=tokenizer, **call)
+        sequences = sequences[ranking.rows]
+        decoded = [
+            {"hypotheses": order, "scores": scores}
+            for order, scores in zip(ranking.hypotheses.tolist(), ranking.scores.tolist(), strict=True)
+        ]
+    answers = answers_of(tokenizer, sequences, inputs["input_ids"].shape[1], len(prompts))
+    return [{"continuations": texts, **row} for texts, row in zip(answers, decoded, strict=True)]
+
+
+def texts_of(tokenizer: Any, prompts: list[Any]) -> list[str]:
+    """Prompts (text or chat messages) as the model reads them."""
+    return [
         prompt if isinstance(prompt, str)
         else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         for prompt in prompts
     ]  # fmt: skip
-    inputs = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
-    sampling = {"temperature": args.temperature, "top_p": args.top_p} if args.do_sample else {}
-    sequences = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        hypotheses=args.hypotheses,
-        max_new_tokens=args.max_new_tokens,
-        num_beams=args.num_beams,
-        do_sample=args.do_sample,
-        repetition_penalty=args.repetition_penalty,
-        pad_token_id=tokenizer.pad_token_id,
-        **sampling,
-    )
-    new_tokens = sequences[:, inputs["input_ids"].shape[1] :]
-    answers = [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
-    count = len(answers) // len(prompts)
-    return [answers[i * count : (i + 1) * count] for i in range(len(prompts))]
 
 
-def show(rows: list[dict[str, Any]], hypotheses: list[int]) -> None:
-    """Print a table: a prompt in each row, a hypothesis in each column."""
+def answers_of(tokenizer: Any, sequences: torch.Tensor, prompt_length: int, num_prompts: int) -> list[list[str]]:
+    """The texts of what was generated, for each prompt, from sequences (num_prompts * K, T)."""
+    answers = tokenizer.batch_decode(sequences[:, prompt_length:], skip_special_tokens=True)
+    count = len(answers) // num_prompts
+    return [[text.strip() for text in answers[i * count : (i + 1) * count]] for i in range(num_prompts)]
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a table: a prompt in each row, and in each column a hypothesis, or a rank and who has it."""
+    is_ranked = "scores" in rows[0]
     table = Table(show_lines=True)
     table.add_column("prompt", style="bold", ratio=1)
-    for hypothesis in hypotheses:
-        table.add_column(f"hypothesis {hypothesis}", ratio=1)
+    for place, hypothesis in enumerate(rows[0]["hypotheses"]):
+        table.add_column(f"rank {place + 1}" if is_ranked else f"hypothesis {hypothesis}", ratio=1)
     for row in rows:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        table.add_row(prompt.strip(), *row["continuations"])
+        cells = row["continuations"]
+        if is_ranked:
+            told = zip(row["hypotheses"], row["scores"], cells, strict=True)
+            cells = [f"hypothesis {hypothesis} ({score:.2f}): {text}" for hypothesis, score, text in told]
+        table.add_row(prompt.strip(), *cells)
     # Away from a terminal (a file, a pipe) the width is unknown; the table needs room.
     console = Console(markup=False)
     Console(markup=False, width=console.width if console.is_terminal else 150).print(table)
@@ -166,9 +198,14 @@ def show(rows: list[dict[str, Any]], hypotheses: list[int]) -> None:
 
 def write_jsonl(rows: list[dict[str, Any]], path: Path) -> None:
     """Write the rows to `path`, whole or not at all."""
+    write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.write(text)
     os.replace(file.name, path)
     path.chmod(0o644)
 

@@ -85,7 +85,7 @@ class HubTrainer(SFTTrainer):
 
     def write_card(self, directory: Path) -> None:
         """Write the model card to any directory, by what is known now, unless the one there was edited."""
-        config: Any = self.accelerator.unwrap_model(self.model).active_peft_config
+        config = self._adapter_config
         step, examples = self._card_examples
         names = self._card_names
         facts = replace(
@@ -105,10 +105,14 @@ class HubTrainer(SFTTrainer):
         write_model_card(card, directory)
 
     @property
+    def _adapter_config(self) -> Any:
+        """The `MCLoraConfig` of the adapter that is trained."""
+        return self.accelerator.unwrap_model(self.model).active_peft_config
+
+    @property
     def _base_model_name(self) -> str | None:
         # PEFT notes it in the configuration, but not before it has saved the adapter once.
-        config = self.accelerator.unwrap_model(self.model).active_peft_config
-        return config.base_model_name_or_path or get_config_model_id(self.model.config) or None
+        return self._adapter_config.base_model_name_or_path or get_config_model_id(self.model.config) or None
 
     def _complete_card(self, is_pushed: bool) -> None:
         """Find out what takes a while, at the end: the continuations of a few prompts, and the licence of the base model."""

@@ -6,24 +6,28 @@ import itertools
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast
 from datasets import Dataset
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, has_length
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
 
+from peft_mcl import MCLoraConfig
 from peft_mcl.card import CardFigures
 from trainer_ext import checks, launches
 from trainer_ext.batches import SequenceBatch
 from trainer_ext.config import MCLConfig
 from trainer_ext.draws import Occurrences, sequence_draws
 from trainer_ext.groups import GROUPS, GroupCollator, GroupSampler, group_id, matched_weights
-from trainer_ext.metrics import ScoreWindow, WinWatch
+from trainer_ext.metrics import ScoreWindow, WinWatch, win_weights
 from trainer_ext.noise import evaluation_mode, has_dropout
 from trainer_ext.objectives import (
     ANNEALED,
@@ -71,6 +75,11 @@ class MCLTrainer(SavingTrainer):
     there. For every batch all hypotheses are scored without a graph and without dropout, the objective turns the scores into
     weights, and only the (sequence, hypothesis) rows with a weight above zero are trained. With one hypothesis this is
     SFTTrainer.
+
+    The win shares become the adapter's `hypothesis_weights`, for rankings: those of the last evaluation, or, while there was
+    none in this run, of the training sequences since the log before the last; smoothed, as if each hypothesis had won one more.
+    Weights that were there before training are replaced, as they were those of other hypotheses. Weights that are set later
+    are left alone, and so are those of a trainer that only evaluates.
 
     ```python
     from trainer_ext import MCLConfig, MCLTrainer
@@ -177,6 +186,8 @@ class MCLTrainer(SavingTrainer):
             self.data_collator = GroupCollator(self.data_collator, args.group_column)
         self._positions = SupervisedPositions(self.model.get_base_model())
         self._eval_window = ScoreWindow()
+        # The hypothesis weights that may be replaced by win shares; others are a user's.
+        self._own_weights: list[float] | None = None
         self._forget_earlier_runs()
         self._has_dropout = has_dropout(self.model) or self.args.neftune_noise_alpha is not None
         if self.args.loss_normalization == "sequence":
@@ -188,6 +199,7 @@ class MCLTrainer(SavingTrainer):
         self._occurrences = Occurrences()
         # For the model card: what was last measured in training and on each evaluation set.
         self.figures: dict[str, CardFigures] = {}
+        self._was_evaluated = False
         self._wins: WinWatch | None = None
         self._last_temperature: float | None = None
         # Of steps that are planned as a whole.
@@ -791,6 +803,8 @@ class MCLTrainer(SavingTrainer):
             if len(self._train_window.winners):
                 logs.update(self._train_window.summary())
                 self.figures["training"] = self._train_window.for_card()
+                if not self._was_evaluated:
+                    self._keep_weights(self.figures["training"])
             self._train_window.clear()
             # Not while all hypotheses learn as one.
             if self.args.objective in ANNEALED and self._last_temperature is not None:
@@ -818,7 +832,14 @@ class MCLTrainer(SavingTrainer):
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
             output.metrics[f"{metric_key_prefix}_loss"] = metrics["wta_nll"]
             self.figures[metric_key_prefix] = self._eval_window.for_card()
+            self._was_evaluated = True
+            self._keep_weights(self.figures[metric_key_prefix])
         return output
+
+    def _keep_weights(self, figures: CardFigures) -> None:
+        """Make the win shares the weights of the hypotheses, unless somebody else has set some since training began."""
+        if self._adapter_config.hypothesis_weights == self._own_weights:
+            self._adapter_config.hypothesis_weights = self._own_weights = win_weights(figures)
 
     def score(self, dataset: Dataset) -> ScoreWindow:
         """Score every sequence of a data set under every hypothesis, without training.
@@ -853,6 +874,8 @@ class MCLTrainer(SavingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See [`SavingTrainer.train`]."""
         self._forget_earlier_runs()
+        # They were those of the hypotheses as they were.
+        self._own_weights = self._adapter_config.hypothesis_weights
         return super().train(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -866,12 +889,26 @@ class MCLTrainer(SavingTrainer):
             self._revival.save(output_dir)
 
     def _go_on_from(self, checkpoint: str) -> None:
+        self._take_weights(checkpoint)
+        log_history = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).log_history
+        self._was_evaluated = any(name.endswith("_win_share/0") for logs in log_history for name in logs)
         if self._remembered is not None:
             self._remembered.load(checkpoint)
         if self._revival is not None:
             self._revival.load(checkpoint)
         if self._plans_steps:
             self._recent.load(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._take_weights(str(self.state.best_model_checkpoint))
+
+    def _take_weights(self, checkpoint: str) -> None:
+        """Take the hypothesis weights over from a checkpoint, as PEFT does the tensors; sharded ones have no configuration."""
+        folder = Path(checkpoint, self._adapter_folder)
+        if (folder / CONFIG_NAME).is_file():
+            self._own_weights = MCLoraConfig.from_pretrained(str(folder)).hypothesis_weights
+            self._adapter_config.hypothesis_weights = self._own_weights
 
 
 class _Competition:

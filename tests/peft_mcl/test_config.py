@@ -27,7 +27,9 @@ def test_shared_options_have_the_defaults_of_lora():
     ours, lora = MCLoraConfig().to_dict(), LoraConfig().to_dict()
     different = {name for name in ours.keys() & lora.keys() if ours[name] != lora[name]}
     assert different == {"peft_type"}
-    assert ours.keys() - lora.keys() == {"num_hypotheses", "shared_r", "init_perturbation", "requires"}
+    assert ours.keys() - lora.keys() == {
+        "num_hypotheses", "shared_r", "init_perturbation", "hypothesis_weights", "requires"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,15 @@ def test_shared_options_have_the_defaults_of_lora():
         ({"init_perturbation": float("nan")}, "`init_perturbation` must be a number of at least 0, or None, got nan"),
         ({"init_perturbation": "0.1"}, "`init_perturbation` must be a number of at least 0, or None, got '0.1'"),
         ({"init_perturbation": True}, "`init_perturbation` must be a number of at least 0, or None, got True"),
+        (
+            {"hypothesis_weights": [1.0, 2.0]},
+            "`hypothesis_weights` must be a list of 3 numbers of at least 0, not all of them 0",
+        ),
+        ({"hypothesis_weights": [1.0, 2.0, -1.0]}, r"`hypothesis_weights` .* got \[1.0, 2.0, -1.0\]"),
+        ({"hypothesis_weights": [0, 0, 0]}, r"`hypothesis_weights` .* got \[0, 0, 0\]"),
+        ({"hypothesis_weights": [1, 1, float("inf")]}, "`hypothesis_weights` must be a list of 3 numbers"),
+        ({"hypothesis_weights": [1, 1, True]}, "`hypothesis_weights` must be a list of 3 numbers"),
+        ({"hypothesis_weights": "abc"}, "`hypothesis_weights` must be a list of 3 numbers"),
         ({"rank_pattern": {"q_proj": 0}}, r"`rank_pattern\['q_proj'\]` must be an integer of at least 1, got 0"),
         ({"alpha_pattern": {"q_proj": "1"}}, r"`alpha_pattern\['q_proj'\]` must be a number, got '1'"),
         ({"lora_alpha": "16"}, "`lora_alpha` must be a number, got '16'"),

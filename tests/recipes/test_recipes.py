@@ -116,8 +116,27 @@ def test_decoding_is_what_the_model_generates(trained):
     together = generate.decode(model, tokenizer, ["a b c", "d"], options)
     for hypothesis in (0, 1):
         options.hypotheses = [hypothesis]
-        for prompt, continuations in zip(["a b c", "d"], together, strict=True):
-            assert generate.decode(model, tokenizer, [prompt], options) == [[continuations[hypothesis]]]
+        for prompt, decoded in zip(["a b c", "d"], together, strict=True):
+            continuations = decoded["continuations"]
+            assert generate.decode(model, tokenizer, [prompt], options)[0]["continuations"] == [
+                continuations[hypothesis]
+            ]
+
+
+@pytest.mark.parametrize("rank", ["likelihood", "mixture", "consensus"])
+def test_ranked_continuations_are_the_same_ones_best_first(trained, capsys, tmp_path, rank):
+    model = AutoPeftModelForCausalLM.from_pretrained(trained).eval()
+    tokenizer = generate.load_tokenizer(str(trained), model)
+    options = generate.GenerateArguments(adapter=str(trained), max_new_tokens=5)
+    plain = generate.decode(model, tokenizer, ["a b c", "d"], options)
+    options.rank = rank
+    for row, ranked in zip(plain, generate.decode(model, tokenizer, ["a b c", "d"], options), strict=True):
+        assert ranked["continuations"] == [row["continuations"][k] for k in ranked["hypotheses"]]
+        assert ranked["scores"] == sorted(ranked["scores"], reverse=True)
+    options.prompts, options.output = ["a b c"], str(tmp_path / "out.jsonl")
+    generate.main(options)
+    assert "rank 1" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out.jsonl").read_text())["scores"]) == 2
 
 
 def test_evaluate_reports_likelihood_and_agreement(workplace, trained, tmp_path):
