@@ -18,19 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars, load_dataset
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from rich.table import Table
-from sklearn.metrics import normalized_mutual_info_score
-from sklearn.metrics.cluster import contingency_matrix
 from transformers import PrinterCallback
 from trl import ModelConfig, TrlParser, get_quantization_config
 
 from peft_mcl import MCLoraConfig  # also registers the adapter type
 from trainer_ext import MCLConfig, MCLTrainer
+from trainer_ext.evaluation import agreement
 from trainer_ext.metrics import ScoreWindow
 
 
@@ -119,29 +117,6 @@ def load_model(adapter: str, args: EvaluateArguments) -> Any:
         quantization_config=get_quantization_config(quantisation),
         device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
     ).eval()
-
-
-def agreement(modes: list[str], winners: torch.Tensor, num_hypotheses: int) -> dict[str, Any]:
-    """How well the winning hypothesis tells the mode.
-
-    Args:
-        modes (`list[str]`): The known mode of each of N sequences.
-        winners (`torch.Tensor`): int64 of shape (N,).
-        num_hypotheses (`int`): K.
-
-    Returns:
-        `dict`: `purity`, the share of sequences whose mode is the most frequent one of their winner; `nmi`, normalised mutual
-        information; `matrix`, sequences by mode and winning hypothesis.
-    """
-    names = sorted(set(modes))
-    # Every hypothesis gets a column, also one that won nothing.
-    counts = np.zeros((len(names), num_hypotheses), dtype=int)
-    counts[:, np.unique(winners.numpy())] = contingency_matrix(modes, winners.numpy())
-    return {
-        "purity": float(counts.max(axis=0).sum() / counts.sum()),
-        "nmi": float(normalized_mutual_info_score(modes, winners.numpy())),
-        "matrix": {name: counts[i].tolist() for i, name in enumerate(names)},
-    }
 
 
 def show(figures: dict[str, Any]) -> None:
