@@ -16,10 +16,10 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 
 from peft_mcl import MCLoraConfig
-from recipes.evaluate import agreement
 from recipes.specialisation.methods import METHODS, Method
 from recipes.specialisation.tasks import Task
 from trainer_ext import MCLConfig, MCLTrainer
+from trainer_ext.evaluation import agreement
 from trainer_ext.metrics import ScoreWindow, competition_metrics
 
 
