@@ -2,18 +2,11 @@
 
 ```bash
 python recipes/evaluate.py --adapter outputs/mcl --dataset_name test.jsonl --mode_column version --baseline outputs/lora
-python recipes/evaluate.py --adapter outputs/mcl --dataset_name test.jsonl --mode_column version --output_dir outputs/evaluation \
-    --contenders lora=outputs/lora seeds=outputs/lora_0,outputs/lora_1,outputs/lora_2 base=
 ```
 
 A low best-of-K loss alone proves nothing: any balanced split of the data in K parts reaches the loss of one model minus
 log K nats for each sequence. So the best, the mean and the mixture stand beside that line, beside a single LoRA
 (`--baseline`, trained with `--num_hypotheses 1`), and beside the agreement with the mode label.
-
-With `--output_dir` it also decodes: K outputs for each prompt from each contender, greedily (or with `--num_beams` each) from
-hypotheses and from several LoRAs side by side, by each of `--decoders` from single models, at the same number of outputs and
-beams in all. Rows that share a prompt are its references. `evaluation.json`, `.md` and `.png` then have quality, diversity,
-likelihood, what each hypothesis wins, and how good the output is that is ranked first, with bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -61,38 +54,9 @@ class EvaluateArguments:
     load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the base model to 8 bits."})
     output: str | None = field(default=None, metadata={"help": "Also write the figures to this JSON file."})
 
-    output_dir: str | None = field(default=None, metadata={"help": "Decode as well, and write everything here."})
-    contenders: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "NAME=PATH: another adapter (MCLORA or LoRA) to decode with; NAME=PATH,PATH,...: LoRAs side by side; NAME=: the base "
-            "model. A name that is given again is another seed of the same method."
-        },
-    )
-    decoders: list[str] = field(
-        default_factory=lambda: list(DECODERS), metadata={"help": "How single models decode: some of " + ", ".join(DECODERS)}
-    )
-    num_beams: int = field(default=1, metadata={"help": "Beams of each hypothesis; single models get K times as many."})
-    max_prompts: int | None = field(default=None, metadata={"help": "Decode only the first different prompts."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest output, in tokens."})
-    decoding_batch_size: int = field(default=8, metadata={"help": "Prompts decoded at once."})
-    seed: int = field(default=0, metadata={"help": "Of sampling."})
-    embedding_model: str | None = field(
-        default=None, metadata={"help": "A model of sentence-transformers, for semantic diversity."}
-    )
-    train_baselines: str | None = field(
-        default=None,
-        metadata={
-            "help": "A configuration of train_mcl.py: train what is missing of the baselines of this adapter, into output_dir, and decode "
-            "with them, too: one LoRA of rank r, one of all ranks together, K of rank r with seeds of their own, and hypotheses with "
-            "random winners."
-        },
-    )
-
 
 def main(args: EvaluateArguments) -> None:
     disable_progress_bars()
-    check(args)
     suffix = Path(args.dataset_name).suffix
     if suffix not in FILE_FORMATS or not Path(args.dataset_name).is_file():
         raise ValueError(f"`dataset_name` must be a {', '.join(FILE_FORMATS)} file, and {args.dataset_name!r} is none.")
@@ -116,77 +80,6 @@ def main(args: EvaluateArguments) -> None:
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    if args.output_dir:
-        decode_and_compare(args, dataset)
-
-
-def check(args: EvaluateArguments) -> None:
-    """Refuse what cannot work before a model is loaded or trained.
-
-    Raises:
-        ValueError: An option contradicts another, or names what does not exist.
-    """
-    if args.output_dir is None:
-        for name in ("contenders", "train_baselines", "embedding_model"):
-            if getattr(args, name):
-                raise ValueError(f"`{name}` is about decoding, which needs a folder for its results: give `--output_dir`, too.")
-        return
-    unknown = [name for name in args.decoders if name not in DECODERS]
-    if unknown:
-        raise ValueError(f"`decoders` has {unknown[0]!r}, which is none of {', '.join(DECODERS)}.")
-    for contender in contenders_of(args):
-        contender.check()
-
-
-def contenders_of(args: EvaluateArguments) -> list[Contender]:
-    """What is compared: the adapter as `mcl`, the baseline as `lora`, and those of `--contenders`."""
-    named = [f"mcl={args.adapter}", *([f"lora={args.baseline}"] if args.baseline else []), *args.contenders]
-    return [parse_contender(text) for text in named]
-
-
-def decode_and_compare(args: EvaluateArguments, dataset: Dataset) -> None:
-    """Everything that takes decoding; see `recipes.evaluation`."""
-    output_dir = Path(args.output_dir or "")
-    contenders = contenders_of(args)
-    if args.train_baselines:
-        trained = train_baselines(args.train_baselines, args.adapter, output_dir / "baselines")
-        contenders += [parse_contender(f"{name}={','.join(paths)}") for name, paths in trained.items()]
-    config = MCLoraConfig.from_pretrained(args.adapter)
-    decoding = DecodeSettings(
-        num_outputs=config.num_hypotheses,
-        num_beams=args.num_beams,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.decoding_batch_size,
-        seed=args.seed,
-    )
-    questions = read_questions(dataset, args.mode_column, args.max_prompts)
-    evaluate(
-        contenders,
-        args.decoders,
-        questions,
-        dataset,
-        decoding,
-        scoring_of(args),
-        output_dir,
-        mode_column=args.mode_column,
-        embed=embedder(args.embedding_model) if args.embedding_model else None,
-        title=Path(args.dataset_name).stem,
-    )
-    print(f"Figures, tables and plot: {output_dir}")
-
-
-def embedder(name: str) -> Callable[[list[str]], np.ndarray]:
-    """Sentence embeddings by a model of sentence-transformers.
-
-    Raises:
-        ImportError: The library is missing.
-    """
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ImportError("`embedding_model` needs sentence-transformers: pip install 'peft-mcl[evaluation]'.") from error
-    model = SentenceTransformer(name)
-    return lambda texts: model.encode(texts, show_progress_bar=False)
 
 
 def score(adapter: str, dataset: Dataset, args: EvaluateArguments) -> ScoreWindow:

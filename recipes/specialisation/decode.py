@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from datasets import disable_progress_bars
 
-from recipes.evaluate import embedder
-from recipes.evaluation.contenders import Contender, ScoreSettings
-from recipes.evaluation.decoders import DECODERS, DecodeSettings
-from recipes.evaluation.outputs import read_questions
-from recipes.evaluation.run import evaluate
+from recipes.evaluation.contenders import Contender, contender
+from recipes.evaluation.decoders import DECODERS
+from recipes.evaluation.results import evaluate
+from recipes.evaluation.settings import Settings
 from recipes.specialisation.__main__ import cell_path
 from recipes.specialisation.methods import METHODS
 from recipes.specialisation.tasks import TASKS, Task
@@ -35,7 +36,6 @@ def main() -> None:
     arguments = parse()
     disable_progress_bars()
     root = Path(arguments.output_dir)
-    embed = embedder(arguments.embedding_model) if arguments.embedding_model else None
     for name in arguments.tasks:
         task = TASKS[name]
         if task.answers is None:
@@ -44,28 +44,24 @@ def main() -> None:
         if not contenders:
             print(f"{name}: no cell under {root} has kept its adapter.")
             continue
-        questions = read_questions(task.answers(), task.label, arguments.max_prompts)
-        rows = task.data(0)["test"].select(range(arguments.max_sequences))
-        decoding = DecodeSettings(
+        rows = task.answers()
+        # Whole groups of references, of the first prompts.
+        first = set(list(dict.fromkeys(rows["prompt"]))[: arguments.max_prompts])
+        rows = rows.select([place for place, prompt in enumerate(rows["prompt"]) if prompt in first])
+        beams = "" if arguments.num_beams == 1 else f"-{arguments.num_beams}-beams"
+        settings = Settings(
+            output_dir=root / name.replace(" ", "-") / f"evaluation{beams}",
+            decoders=tuple(arguments.decoders),
             num_outputs=task.num_hypotheses,
             num_beams=arguments.num_beams,
             max_new_tokens=arguments.max_new_tokens,
             batch_size=arguments.batch_size,
-        )
-        beams = "" if arguments.num_beams == 1 else f"-{arguments.num_beams}-beams"
-        folder = root / name.replace(" ", "-") / f"evaluation{beams}"
-        evaluate(
-            contenders,
-            arguments.decoders,
-            questions,
-            rows,
-            decoding,
-            ScoreSettings(),
-            folder,
+            max_length=task.training["max_length"],
+            embedding_model=arguments.embedding_model,
             mode_column=task.label,
-            embed=embed,
-            title=name,
         )
+        evaluate(contenders, rows, settings)
+        print(f"Figures, tables and plot of {name}: {settings.output_dir}")
 
 
 def contenders_of(task: Task, methods: list[str], root: Path, steps: int | None) -> list[Contender]:
@@ -80,14 +76,14 @@ def contenders_of(task: Task, methods: list[str], root: Path, steps: int | None)
                 continue
             cell = json.loads(path.read_text(encoding="utf-8"))
             parts = sorted(part for part in kept.iterdir() if part.is_dir())
-            paths = tuple(str(part) for part in parts) or (str(kept),)
-            found.append(Contender(method, paths, weights=weights_of(cell)))
+            one = contender(method, [str(part) for part in parts] or [str(kept)])
+            found.append(replace(one, weights=weights_of(cell) or one.weights))
             if method == "separate":
-                found.append(Contender(f"lora, r = {task.r}", paths[:1]))
+                found.append(contender(f"lora, r = {task.r}", [str(parts[0])]))
     return found
 
 
-def weights_of(cell: dict) -> tuple[float, ...] | None:
+def weights_of(cell: dict[str, Any]) -> tuple[float, ...] | None:
     """Win shares on the validation split at the end of training, one win more for each."""
     if not cell["looks"]:
         return None
@@ -102,10 +98,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--decoders", nargs="+", default=list(DECODERS), choices=list(DECODERS))
     parser.add_argument("--steps", type=int, default=None, help="As the cells were trained.")
     parser.add_argument("--num_beams", type=int, default=1, help="Beams of each hypothesis.")
-    parser.add_argument("--max_prompts", type=int, default=40)
-    parser.add_argument("--max_sequences", type=int, default=160, help="Whose likelihood is measured.")
+    parser.add_argument("--max_prompts", type=int, default=40, help="The first ones; each with all its references.")
     parser.add_argument("--max_new_tokens", type=int, default=48)
-    parser.add_argument("--batch_size", type=int, default=20, help="Prompts decoded at once.")
+    parser.add_argument("--batch_size", type=int, default=16, help="Prompts decoded at once.")
     parser.add_argument("--embedding_model", default=None, help="See recipes/evaluate.py.")
     parser.add_argument("--output_dir", default="outputs/specialisation")
     return parser.parse_args()

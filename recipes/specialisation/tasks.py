@@ -62,9 +62,7 @@ ADAPTER = {"lora_alpha": 16, "target_modules": "all-linear"}
 
 
 def _read(folder: Path, label: str, sizes: dict[str, int]) -> dict[str, Dataset]:
-    return {
-        name: _rows(folder / f"{name}.jsonl", label, sizes.get(name)) for name in ("train", "validation", "test")
-    }
+    return {name: _rows(folder / f"{name}.jsonl", label, sizes.get(name)) for name in ("train", "validation", "test")}
 
 
 def _rows(path: Path, label: str, most: int | None = None) -> Dataset:
