@@ -30,6 +30,7 @@ class Task:
         adapter: Options of MCLoraConfig.
         training: Options of MCLConfig.
         language: Whether each mode is a language, so that decoded text tells what a hypothesis has become.
+        answers: Makes the held-out prompts with all their references, rows that share a prompt; None where nothing is decoded.
         trained_base: Merge one LoRA, trained on the same mixture, into the base model first.
     """
 
@@ -42,6 +43,7 @@ class Task:
     adapter: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     language: bool = False
+    answers: Callable[[], Dataset] | None = None
     trained_base: bool = False
 
 
@@ -60,12 +62,12 @@ ADAPTER = {"lora_alpha": 16, "target_modules": "all-linear"}
 
 
 def _read(folder: Path, label: str, sizes: dict[str, int]) -> dict[str, Dataset]:
-    splits = {}
-    for name in ("train", "validation", "test"):
-        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        rows = rows[: sizes.get(name)]
-        splits[name] = Dataset.from_list([{key: row[key] for key in ("prompt", "completion", label)} for row in rows])
-    return splits
+    return {name: _rows(folder / f"{name}.jsonl", label, sizes.get(name)) for name in ("train", "validation", "test")}
+
+
+def _rows(path: Path, label: str, most: int | None = None) -> Dataset:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:most]
+    return Dataset.from_list([{key: row[key] for key in ("prompt", "completion", label)} for row in rows])
 
 
 def _debian(languages: tuple[str, ...] = LANGUAGES, weights: tuple[float, ...] | None = None) -> Any:
@@ -74,6 +76,15 @@ def _debian(languages: tuple[str, ...] = LANGUAGES, weights: tuple[float, ...] |
         return _read(folder, "language", {"validation": 64, "test": 320})
 
     return data
+
+
+def _debian_answers() -> Dataset:
+    # The held-out prompts are the same for every seed and weights.
+    return _rows(debian.prepare_dataset(LANGUAGES, None, 0) / "test_all.jsonl", "language")
+
+
+def _bible_answers() -> Dataset:
+    return _rows(bible.prepare_dataset() / "test.jsonl", "version")
 
 
 def _bible(seed: int) -> dict[str, Dataset]:
@@ -124,13 +135,23 @@ def _languages(
     training = {**SMOLLM2, "max_steps": steps}
     data = _debian(**setting)
     return Task(
-        name, data, _smollm2, "language", num_hypotheses, 8, ADAPTER, training, language=True, trained_base=trained_base
+        name,
+        data,
+        _smollm2,
+        "language",
+        num_hypotheses,
+        8,
+        ADAPTER,
+        training,
+        language=True,
+        answers=_debian_answers,
+        trained_base=trained_base,
     )
 
 
 def _styles(name: str, num_hypotheses: int = 3) -> Task:
     training = {**SMOLLM2, "max_steps": 200}
-    return Task(name, _bible, _smollm2, "version", num_hypotheses, 8, ADAPTER, training)
+    return Task(name, _bible, _smollm2, "version", num_hypotheses, 8, ADAPTER, training, answers=_bible_answers)
 
 
 def _chains(title: str, num_hypotheses: int, trained_base: bool = False, **setting: Any) -> Task:
