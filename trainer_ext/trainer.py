@@ -613,14 +613,14 @@ class MCLTrainer(SavingTrainer):
         # What is not finite is reported where it is scored.
         features = torch.cat(found)
         features = features[features.isfinite().flatten(1).all(dim=1)]
-        found = find_clusters(features, self._num_hypotheses, self.args.seed)
+        clusters = find_clusters(features, self._num_hypotheses, self.args.seed)
         wanted = self.args.target_shares
         if isinstance(wanted, list):
             # The largest cluster for the hypothesis with the largest share, and so on.
             by_share = sorted(range(len(wanted)), key=lambda k: -wanted[k])
-            found = found.arranged([by_share.index(k) for k in range(len(wanted))])
+            clusters = clusters.arranged([by_share.index(k) for k in range(len(wanted))])
         # On another machine a rounding may tip them over.
-        tensors = {name: tensor.to(features.device) for name, tensor in found.tensors().items()}
+        tensors = {name: tensor.to(features.device) for name, tensor in clusters.tensors().items()}
         return Clusters(**{name: tensor.cpu() for name, tensor in broadcast(tensors).items()})
 
     # ------------------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def _draws(table: np.ndarray, resamples: int, seed: int) -> Iterator[tuple[np.nd
     """Rows and columns of each resample. The columns do not depend on the number of rows."""
     inputs, seeds = np.random.default_rng([seed, 2]), np.random.default_rng([seed, 0])
     for _ in range(resamples):
-        columns: np.ndarray = inputs.integers(table.shape[-1], size=table.shape[-1])
+        columns = np.asarray(inputs.integers(table.shape[-1], size=table.shape[-1]))
         yield _rows(table, seeds), columns
 
 
