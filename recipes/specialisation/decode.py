@@ -23,7 +23,7 @@ from recipes.evaluation.contenders import Contender, contender
 from recipes.evaluation.decoders import DECODERS
 from recipes.evaluation.results import evaluate
 from recipes.evaluation.settings import Settings
-from recipes.specialisation.__main__ import cell_path
+from recipes.specialisation.files import cell_path
 from recipes.specialisation.methods import METHODS
 from recipes.specialisation.tasks import TASKS, Task
 

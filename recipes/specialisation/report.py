@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from recipes.language import identify
+from recipes.specialisation.files import save_plot, write_whole
 from recipes.specialisation.methods import METHODS
 from recipes.specialisation.tasks import LANGUAGES, TASKS
 
@@ -43,12 +44,6 @@ def report(root: Path) -> None:
         draw(name, group, root / f"{title}.png")
         draw_winners(name, group, root / f"{title}-winners.png")
     print(f"Wrote {root / 'report.md'}, {root / 'results.json'} and plots of {len(groups)} tasks.")
-
-
-def write_whole(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def decoded_languages(cell: dict[str, Any]) -> dict[str, Any]:
@@ -93,10 +88,10 @@ def table(task: str, cells: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int = 3) -> str:
     """The mean, and the range if there are several."""
-    mean = f"{np.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def draw(task: str, cells: list[dict[str, Any]], path: Path) -> None:
@@ -118,7 +113,8 @@ def draw(task: str, cells: list[dict[str, Any]], path: Path) -> None:
     right.set_xlabel("optimizer step")
     right.set_ylabel("purity (validation)")
     left.set_title(task)
-    save(figure, path)
+    save_plot(figure, path)
+    plt.close(figure)
 
 
 def draw_winners(task: str, cells: list[dict[str, Any]], path: Path) -> None:
@@ -146,11 +142,5 @@ def draw_winners(task: str, cells: list[dict[str, Any]], path: Path) -> None:
         for place in row[len(cell["looks"]) :]:
             place.axis("off")
     figure.suptitle(f"{task}: part of each mode (rows) that each hypothesis wins", fontsize=9)
-    save(figure, path)
-
-
-def save(figure: Any, path: Path) -> None:
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=110)
-    partial.replace(path)
+    save_plot(figure, path)
     plt.close(figure)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Task:
         language: Whether each mode is a language, so that decoded text tells what a hypothesis has become.
         answers: Makes the held-out prompts with all their references, rows that share a prompt; None where nothing is decoded.
         trained_base: Merge one LoRA, trained on the same mixture, into the base model first.
+        chains: The Markov chains that the sequences are drawn from, if that is what the modes are.
+        priors: How probable each of them is; `None`: all the same.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Task:
     language: bool = False
     answers: Callable[[], Dataset] | None = None
     trained_base: bool = False
+    chains: tuple[markov.Chain, ...] = ()
+    priors: tuple[float, ...] | None = None
 
 
 # As in the quickstart; short enough for two CPU cores.
@@ -95,9 +99,9 @@ def _smollm2(seed: int) -> str:
     return str(smollm2.prepare_model())
 
 
-def _markov(name: str, priors: tuple[float, ...] | None = None) -> Any:
+def _markov(chains: tuple[markov.Chain, ...], priors: tuple[float, ...] | None) -> Any:
     def data(seed: int) -> dict[str, Dataset]:
-        folder = markov.prepare_dataset(markov.CHAINS[name], priors, seed=seed)
+        folder = markov.prepare_dataset(chains, priors, seed=seed)
         splits = {
             split: [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
             for split in ("train", "test")
@@ -154,10 +158,16 @@ def _styles(name: str, num_hypotheses: int = 3) -> Task:
     return Task(name, _bible, _smollm2, "version", num_hypotheses, 8, ADAPTER, training, answers=_bible_answers)
 
 
-def _chains(title: str, num_hypotheses: int, trained_base: bool = False, **setting: Any) -> Task:
-    return Task(
-        title, _markov(**setting), _neo, "chain", num_hypotheses, 64, NEO_ADAPTER, NEO, trained_base=trained_base
-    )
+def _chains(
+    title: str,
+    num_hypotheses: int,
+    name: str,
+    priors: tuple[float, ...] | None = None,
+    trained_base: bool = False,
+) -> Task:
+    chains = markov.CHAINS[name]
+    task = Task(title, _markov(chains, priors), _neo, "chain", num_hypotheses, 64, NEO_ADAPTER, NEO)
+    return replace(task, trained_base=trained_base, chains=chains, priors=priors)
 
 
 TASKS = {
