@@ -125,7 +125,7 @@ NEO = {
     "max_steps": 501,
     "per_device_train_batch_size": 128,
     "per_device_eval_batch_size": 256,
-    "learning_rate": 1e-3,
+    "learning_rate": 1e-2,
     "lr_scheduler_type": "cosine",
     "bf16": False,
     "gradient_checkpointing": False,
