@@ -41,7 +41,9 @@ def place(tmp_path_factory) -> Path:
 
 
 def quick(folder: Path, **options) -> Settings:
-    return Settings(**{"output_dir": folder, "max_new_tokens": 4, "batch_size": 4, "resamples": 20, "dtype": "float32", **options})
+    return Settings(
+        **{"output_dir": folder, "max_new_tokens": 4, "batch_size": 4, "resamples": 20, "dtype": "float32", **options}
+    )
 
 
 def lora(place: Path, hypothesis: int = 0) -> str:
@@ -176,7 +178,9 @@ def test_baselines_are_trained_once(place, tmp_path, monkeypatch):
 
 def test_references_are_the_rows_that_share_a_prompt():
     chat = [{"role": "user", "content": "w1"}]
-    rows = Dataset.from_list([{"prompt": chat, "completion": [{"role": "assistant", "content": text}]} for text in "aab"])
+    rows = Dataset.from_list(
+        [{"prompt": chat, "completion": [{"role": "assistant", "content": text}]} for text in "aab"]
+    )
     assert prompts_and_references(rows) == ([chat], [["a", "b"]])
 
 
@@ -196,14 +200,20 @@ def test_references_are_the_rows_that_share_a_prompt():
 )
 def test_bad_input_is_named_before_a_model_is_loaded(place, tmp_path, monkeypatch, options, message):
     monkeypatch.setattr(runs._Lazily, "__call__", lambda self: pytest.fail("A model was loaded."))
-    given = {"adapter": str(place / "mcl"), "dataset_name": str(place / "data.jsonl"), "output_dir": str(tmp_path / "o")}
+    given = {
+        "adapter": str(place / "mcl"),
+        "dataset_name": str(place / "data.jsonl"),
+        "output_dir": str(tmp_path / "o"),
+    }
     with pytest.raises(ValueError, match=message):
         evaluate.main(evaluate.EvaluateArguments(**{**given, **options}))
 
 
 def test_rows_without_references_are_named():
     with pytest.raises(ValueError, match="row 1 has no reference"):
-        prompts_and_references(Dataset.from_list([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": " "}]))
+        prompts_and_references(
+            Dataset.from_list([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": " "}])
+        )
     with pytest.raises(ValueError, match="'prompt' is not among"):
         prompts_and_references(Dataset.from_list([{"text": "a"}]))
 
@@ -211,7 +221,7 @@ def test_rows_without_references_are_named():
 def test_hypotheses_do_not_stand_side_by_side(place):
     with pytest.raises(ValueError, match="has 2 hypotheses; side by side stand adapters with one each"):
         parse_contenders([f"x={place / 'mcl'},{place / 'mcl'}"])
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, task_type="CAUSAL_LM", use_dora=True))
+    model.save_pretrained(place / "dora")
     with pytest.raises(ValueError, match="uses use_dora"):
-        model = get_peft_model(tiny_llama(), LoraConfig(r=2, task_type="CAUSAL_LM", use_dora=True))
-        model.save_pretrained(place / "dora")
         parse_contenders([f"x={place / 'dora'}"])
