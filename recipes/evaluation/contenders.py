@@ -62,7 +62,11 @@ class Contender:
         if not self.adapters:
             # An adapter that was not trained adds nothing, to the bit.
             config = MCLoraConfig(
-                num_hypotheses=1, r=1, target_modules="all-linear", task_type="CAUSAL_LM", base_model_name_or_path=self.base
+                num_hypotheses=1,
+                r=1,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+                base_model_name_or_path=self.base,
             )
             model = get_peft_model(base, config).eval()
             return model, load_tokenizer(self.base, model)

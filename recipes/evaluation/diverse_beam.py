@@ -56,9 +56,7 @@ def diverse_beam_search(
     if generation_config.do_sample:
         raise ValueError("Diverse beam search does not sample. Pass `do_sample=False`.")
     size, batch = beams // groups, len(input_ids) // beams
-    searches = [
-        _Group(rows, generation_config) for rows in input_ids.view(batch, groups, size, -1).unbind(dim=1)
-    ]
+    searches = [_Group(rows, generation_config) for rows in input_ids.view(batch, groups, size, -1).unbind(dim=1)]
     offsets = torch.arange(batch * groups, device=input_ids.device).view(batch, groups, 1) * size
     rows, is_first = input_ids, True
     while not all(search.is_over for search in searches):
@@ -136,7 +134,9 @@ class _Group:
         ended = (scores / (length - self.prompt_length) ** self.config.length_penalty).where(may_end, NO_BEAM)
         self.finished_scores, best = torch.cat([self.finished_scores, ended], dim=1).topk(self.size)
         self.is_finished = torch.cat([self.is_finished, may_end], dim=1).gather(1, best)
-        self.lengths = torch.cat([self.lengths, torch.full_like(ended, length, dtype=torch.long)], dim=1).gather(1, best)
+        self.lengths = torch.cat([self.lengths, torch.full_like(ended, length, dtype=torch.long)], dim=1).gather(
+            1, best
+        )
         padded = F.pad(self.finished, (0, 1), value=self.pad)
         self.finished = _gather(torch.cat([padded, candidates], dim=1), best)
 

@@ -12,7 +12,9 @@ from typing import Any
 from recipes.generate import write_jsonl
 
 
-def kept(folder: Path, title: str, settings: dict[str, Any], compute: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def kept(
+    folder: Path, title: str, settings: dict[str, Any], compute: Callable[[], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
     """Compute rows, or read what was computed before under the same settings.
 
     Args:

@@ -189,7 +189,10 @@ def _top1(of_seed: list[np.ndarray], runs: list[Run], settings: Settings) -> dic
     chosen = _chosen(of_seed, runs)
     if not chosen:
         return {}
-    whole = {"oracle": [scores.max(axis=1) for scores in of_seed], "random": [scores.mean(axis=1) for scores in of_seed]}
+    whole = {
+        "oracle": [scores.max(axis=1) for scores in of_seed],
+        "random": [scores.mean(axis=1) for scores in of_seed],
+    }
     return {name: _interval(values, settings) for name, values in {**chosen, **whole}.items()}
 
 
@@ -248,5 +251,9 @@ def _specialisation(
                 chosen = places.astype(int)
                 return agreement([modes[place] for place in chosen], winners[chosen], count)[name]
 
-            found[name] = list(bootstrap(np.arange(len(winners)), statistic, resamples=min(settings.resamples, 500), seed=settings.seed))
+            found[name] = list(
+                bootstrap(
+                    np.arange(len(winners)), statistic, resamples=min(settings.resamples, 500), seed=settings.seed
+                )
+            )
     return found

@@ -33,7 +33,16 @@ def markdown(results: dict[str, Any]) -> str:
 def _decoded(results: dict[str, Any]) -> str:
     metric = results["ranked_metric"]
     shown = [name for name in DIVERSITY_SHOWN if any(name in run["diversity"] for run in results["runs"])]
-    head = ["contender", "decoder", "K", "beams", "seeds", *(f"{metric} {name}" for name in QUALITY_SHOWN), "coverage", *shown]
+    head = [
+        "contender",
+        "decoder",
+        "K",
+        "beams",
+        "seeds",
+        *(f"{metric} {name}" for name in QUALITY_SHOWN),
+        "coverage",
+        *shown,
+    ]
     lines = [
         [
             run["contender"], run["decoder"], str(run["outputs"]), str(run["beams"] or ""), str(run["seeds"]),
@@ -76,7 +85,13 @@ def _likelihood(results: dict[str, Any]) -> str:
 def _specialised(name: str, found: dict[str, Any]) -> str:
     agreed = found.get("agreement")
     modes = list(agreed["matrix"]) if agreed else []
-    head = ["hypothesis", "win share", *(f"of {mode}" for mode in modes), "characteristic words", "a sequence that it wins"]
+    head = [
+        "hypothesis",
+        "win share",
+        *(f"of {mode}" for mode in modes),
+        "characteristic words",
+        "a sequence that it wins",
+    ]
     lines = []
     for k, share in enumerate(found["win_shares"]):
         counts = [str(agreed["matrix"][mode][k]) for mode in modes] if agreed else []

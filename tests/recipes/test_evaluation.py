@@ -221,7 +221,7 @@ def test_rows_without_references_are_named():
 def test_hypotheses_do_not_stand_side_by_side(place):
     with pytest.raises(ValueError, match="has 2 hypotheses; side by side stand adapters with one each"):
         parse_contenders([f"x={place / 'mcl'},{place / 'mcl'}"])
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, task_type="CAUSAL_LM", use_dora=True))
+    model.save_pretrained(place / "dora")
     with pytest.raises(ValueError, match="uses use_dora"):
-        model = get_peft_model(tiny_llama(), LoraConfig(r=2, task_type="CAUSAL_LM", use_dora=True))
-        model.save_pretrained(place / "dora")
         parse_contenders([f"x={place / 'dora'}"])
