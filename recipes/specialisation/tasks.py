@@ -128,6 +128,11 @@ def _languages(
     )
 
 
+def _styles(name: str, num_hypotheses: int = 3) -> Task:
+    training = {**SMOLLM2, "max_steps": 200}
+    return Task(name, _bible, _smollm2, "version", num_hypotheses, 8, ADAPTER, training)
+
+
 def _chains(title: str, num_hypotheses: int, trained_base: bool = False, **setting: Any) -> Task:
     return Task(
         title, _markov(**setting), _neo, "chain", num_hypotheses, 64, NEO_ADAPTER, NEO, trained_base=trained_base
@@ -138,7 +143,8 @@ TASKS = {
     task.name: task
     for task in [
         _languages("languages"),
-        Task("styles", _bible, _smollm2, "version", 3, 8, ADAPTER, {**SMOLLM2, "max_steps": 200}),
+        _styles("styles"),
+        *(_styles(f"styles, {count} hypotheses", count) for count in (2, 5, 8)),
         _languages("unequal languages", weights=(0.7, 0.1, 0.1, 0.1)),
         _languages("one language", languages=("de",)),
         _languages("8 hypotheses", num_hypotheses=8),
