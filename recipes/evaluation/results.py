@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft_mcl import consensus_order
 from recipes.evaluation.contenders import Contender
 from recipes.evaluation.picture import draw
-from recipes.evaluation.rows import text_of
+from recipes.evaluation.rows import prompts_and_references, text_of
 from recipes.evaluation.runs import Evidence, Run, collect, known_modes
 from recipes.evaluation.settings import Settings
 from recipes.evaluation.tables import markdown
@@ -92,6 +92,7 @@ def measure(
             "quality": _quality(of_run[name, decoder], runs, evidence, settings),
             "diversity": _diversity(runs, evidence, settings, embed),
             "top1": _top1([scores[first] for scores in of_run[name, decoder]], runs, settings),
+            "best_of_mode": _best_of_mode(runs, rows, evidence, settings),
         }
         for (name, decoder), runs in groups.items()
     ]
@@ -152,6 +153,28 @@ def _quality(
         found[metric] = {name: _interval([part[name] for part in parts], settings) for name in parts[0]}
     covered = [coverage([row["outputs"] for row in run.rows], evidence.references) for run in runs]
     return {**found, "coverage": _interval(covered, settings)}
+
+
+def _best_of_mode(runs: list[Run], rows: Dataset, evidence: Evidence, settings: Settings) -> dict[str, Any]:
+    """The best of the K outputs against the references of one mode alone, for each known mode: does one lose?"""
+    modes = known_modes(rows, settings)
+    if modes is None:
+        return {}
+    found = {}
+    for mode in sorted(set(modes)):
+        own = rows.select([place for place, label in enumerate(modes) if label == mode])
+        prompts, references = prompts_and_references(own)
+        texts = dict(zip(map(json.dumps, prompts), references, strict=True))
+        known = [place for place, prompt in enumerate(evidence.prompts) if json.dumps(prompt) in texts]
+        if known:
+            wanted = [texts[json.dumps(evidence.prompts[place])] for place in known]
+            metric = settings.metrics[0]
+            parts = [
+                quality([run.rows[place]["outputs"] for place in known], wanted, [metric])[metric].max(axis=1)
+                for run in runs
+            ]
+            found[mode] = _interval(parts, settings)
+    return found
 
 
 def _diversity(

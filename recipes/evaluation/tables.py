@@ -23,6 +23,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"# Evaluation\n\n{results['prompts']} prompts with {results['references']} references, {results['sequences']} scored "
         "sequences. In brackets: 95 % bootstrap intervals over inputs and seeds.",
         _decoded(results),
+        _by_mode(results),
         _ranked(results),
         _likelihood(results),
         *(_specialised(name, seeds[0]) for name, seeds in results["specialisation"].items()),
@@ -52,6 +53,18 @@ def _decoded(results: dict[str, Any]) -> str:
         for run in results["runs"]
     ]  # fmt: skip
     return f"## Outputs: quality and diversity\n\n{_table(head, lines)}"
+
+
+def _by_mode(results: dict[str, Any]) -> str:
+    modes = sorted({mode for run in results["runs"] for mode in run["best_of_mode"]})
+    if not modes:
+        return ""
+    lines = [
+        [run["contender"], run["decoder"], *(_figure(run["best_of_mode"].get(mode)) for mode in modes)]
+        for run in results["runs"]
+    ]
+    title = f"## {results['ranked_metric']} of the best output against the references of one mode"
+    return f"{title}\n\n{_table(['contender', 'decoder', *modes], lines)}"
 
 
 def _ranked(results: dict[str, Any]) -> str:

@@ -112,6 +112,10 @@ def test_the_whole_command(place, tmp_path, capsys, monkeypatch):
     assert set(top) == {"likelihood", "mixture", "consensus", "oracle", "random"}
     assert all(top[name][0] <= top["oracle"][0] for name in top)
     assert set(by_run["mcl", "greedy"]["top1_minus_greedy"]) == {"lora", "base"}
+    modes = by_run["mcl", "greedy"]["best_of_mode"]
+    assert set(modes) == set(results["specialisation"]["mcl"][0]["agreement"]["matrix"])
+    # Fewer references than all can only be harder to meet.
+    assert all(found[0] <= by_run["mcl", "greedy"]["quality"]["chrf"]["best"][0] for found in modes.values())
     found = results["likelihood"]["mcl"]
     assert found["best"][0] <= found["mixture"][0] <= found["worst"][0]
     assert len(set(map(str, (results["likelihood"]["base"][name] for name in ("best", "mean", "mixture"))))) == 1
