@@ -5,7 +5,7 @@ accelerate launch recipes/train_mcl.py \
     --model_name_or_path Qwen/Qwen3-0.6B \
     --dataset_name train.jsonl \
     --num_hypotheses 3 --lora_r 8 --lora_alpha 16 --lora_target_modules all-linear \
-    --shared_r 8 --learning_rate 1e-3 --num_train_epochs 1 \
+    --shared_r 32 --learning_rate 1e-3 --num_train_epochs 1 \
     --output_dir outputs/mcl
 ```
 

@@ -15,7 +15,7 @@ from trainer_ext.objectives import ANNEALED, OBJECTIVES
 
 NORMALIZATIONS = ("token", "sequence")
 TEMPERATURE_UNITS = ("nats", "spread")
-TARGET_SHARES = ("uniform", "tracked")
+TARGET_SHARES = ("clusters", "uniform", "tracked")
 DEFAULT_ANNEALING_FRACTION = 0.5
 DEFAULT_SEEDING_FRACTION = 0.2
 # Initial and final.
@@ -51,8 +51,9 @@ class MCLConfig(SFTConfig):
             and annealing begins. 0.2 by default.
         seeding_sequences (`int`): How many sequences of the training data the clusters are made from.
         target_shares (`str` or `list[float]`, *optional*): Of `"balanced"`: the part of the sequences that each hypothesis gets.
-            `"uniform"` (the default); `"tracked"`: the shares it would get without balancing, a fifth of the way towards equal ones; or K
-            numbers above 0.
+            `"clusters"` (the default): the shares of the clusters that the hypotheses began with, equal ones without seeding, a twentieth of
+            the way towards equal ones; `"tracked"`: the shares that they would get without balancing, a fifth of the way;
+            `"uniform"`; or K numbers above 0.
         balance_strength (`float`): Of `"balanced"`, above 0, in units of `temperature_unit`: how much better a hypothesis must
             be to get e times its share (see `transport.share_offsets`). Infinity: the shares are kept whatever it costs.
         balance_queue (`int`, *optional*): Of `"balanced"` and the unit `"spread"`: how many sequences before those of a step
@@ -141,12 +142,12 @@ class MCLConfig(SFTConfig):
         default=None,
         metadata={"help": "Part of training in which clusters of the data decide, under 'balanced' (default .2)."},
     )
-    seeding_sequences: int = field(default=256, metadata={"help": "Sequences that the clusters are made from."})
+    seeding_sequences: int = field(default=512, metadata={"help": "Sequences that the clusters are made from."})
     # Any: numbers in code and YAML, words on a command line.
     target_shares: Any = field(
         default=None,
         metadata={
-            "help": "Shares of the hypotheses under 'balanced': 'uniform', 'tracked' or K numbers.",
+            "help": "Shares of the hypotheses under 'balanced': 'clusters', 'uniform', 'tracked' or K numbers.",
             "nargs": "+",
         },
     )
@@ -415,7 +416,7 @@ class MCLConfig(SFTConfig):
 def _parse_shares(value: Any) -> Any:
     """`target_shares` as a name or a list of floats; on a command line both come as a list of words."""
     if value is None:
-        return "uniform"
+        return "clusters"
     words = [value] if isinstance(value, str) else value
     if isinstance(words, (list, tuple)) and len(words) == 1 and words[0] in TARGET_SHARES:
         return words[0]
@@ -425,7 +426,7 @@ def _parse_shares(value: Any) -> Any:
         shares = []
     if not shares or not all(0.0 < share < float("inf") for share in shares):
         raise ValueError(
-            f"`target_shares` must be 'uniform', 'tracked' or one number above 0 for each hypothesis, got {value!r}."
+            f"`target_shares` must be 'clusters', 'uniform', 'tracked' or one number above 0 for each hypothesis, got {value!r}."
         )
     return shares
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from peft_mcl.card import CardFigures
+from trainer_ext.evaluation.specialisation import assignment_entropy
 from trainer_ext.objectives import finite_scores
 
 
@@ -123,5 +122,5 @@ def competition_metrics(scores: torch.Tensor, num_tokens: torch.Tensor, winners:
         "mixture_nll": -mixture.sum().item() / tokens,
     }
     metrics.update({f"win_share/{k}": share.item() for k, share in enumerate(shares)})
-    metrics["assignment_entropy"] = sum(-share * math.log(share) for share in shares.tolist() if share > 0) + 0.0
+    metrics["assignment_entropy"] = assignment_entropy(shares.tolist())
     return metrics

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from trainer_ext.objectives import scores_per_token
+from trainer_ext.seeding import Clusters
 from trainer_ext.state_files import load_state, save_state
 from trainer_ext.transport import score_spread, share_offsets
 
@@ -19,8 +20,9 @@ from trainer_ext.transport import score_spread, share_offsets
 RECENT_NAME = "recent_scores.safetensors"
 # Sequences for each hypothesis that are remembered unless the user says otherwise.
 RECENT_PER_HYPOTHESIS = 16
-# Part of the "tracked" shares that is equal for all hypotheses, so that none is zero.
-EQUAL_PART = 0.2
+# Part of the shares of clusters, and of "tracked" ones, that is equal for all hypotheses, so that none is zero.
+EQUAL_PART_OF_CLUSTERS = 0.05
+EQUAL_PART_OF_TRACKED = 0.2
 # The spread is at least this part of the size of the scores: hypotheses that differ by rounding alone do not differ.
 LEAST_SPREAD = 1e-3
 
@@ -34,13 +36,13 @@ class RecentScores:
 
     Attributes:
         scores (`torch.Tensor`): float64 of shape (N, K), finite, in nats for each token; the oldest first.
-        centres (`torch.Tensor`, *optional*): float32 of shape (K, width), of the clusters that hypotheses begin with.
+        clusters ([`Clusters`], *optional*): Those that the hypotheses began with.
     """
 
     def __init__(self, num_hypotheses: int, size: int | None = None) -> None:
         self.size = RECENT_PER_HYPOTHESIS * num_hypotheses if size is None else size
         self.scores = torch.zeros(0, num_hypotheses, dtype=torch.float64)
-        self.centres: torch.Tensor | None = None
+        self.clusters: Clusters | None = None
 
     def add(self, scores: torch.Tensor) -> torch.Tensor:
         """Add the rows (S, K) of a step; returns those before it and its own. The oldest ones are then forgotten."""
@@ -50,7 +52,7 @@ class RecentScores:
 
     def forget(self) -> None:
         """Begin anew: the scores from now on are of another kind."""
-        self.scores, self.centres = self.scores[:0], None
+        self.scores = self.scores[:0]
 
     def copy(self, source: int, target: int) -> None:
         """Hypothesis `target` has become a copy of `source`: what is remembered of it counts no more."""
@@ -59,8 +61,9 @@ class RecentScores:
 
     def save(self, directory: str | Path) -> None:
         """Write `recent_scores.safetensors`, whole or not at all."""
-        centres = {} if self.centres is None else {"centres": self.centres.contiguous()}
-        save_state({"scores": self.scores.contiguous(), **centres}, Path(directory, RECENT_NAME))
+        clusters = {} if self.clusters is None else self.clusters.tensors()
+        tensors = {"scores": self.scores, **clusters}
+        save_state({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(directory, RECENT_NAME))
 
     def load(self, directory: str | Path) -> None:
         """Take over what `save` wrote. Without a file nothing is remembered: the run that is resumed did not.
@@ -72,14 +75,14 @@ class RecentScores:
         tensors = load_state(path, "to go on without them")
         if tensors is None:
             return
-        scores = tensors["scores"]
+        scores = tensors.pop("scores")
         if scores.dim() != 2 or scores.shape[1] != self.scores.shape[1]:
             raise ValueError(
                 f"The recent scores in {path} have the shape {tuple(scores.shape)}, not (N, {self.scores.shape[1]}): they "
                 "are of a run with another `num_hypotheses`."
             )
         self.scores = scores[max(len(scores) - self.size, 0) :].double()
-        self.centres = tensors.get("centres")
+        self.clusters = Clusters(**tensors) if tensors else None
 
 
 class StepPlan:
@@ -129,12 +132,16 @@ def spread_of(rows: torch.Tensor) -> float:
     return max(score_spread(rows), least, torch.finfo(torch.float32).tiny)
 
 
-def target_shares(wanted: str | list[float], rows: torch.Tensor, temperature: float) -> torch.Tensor:
+def target_shares(
+    wanted: str | list[float], clusters: torch.Tensor | None, rows: torch.Tensor, temperature: float
+) -> torch.Tensor:
     """The share of the sequences that each hypothesis should get: float64 of shape (K,), above 0, summing to 1.
 
     Args:
-        wanted (`str` or `list[float]`): `"uniform"`; `"tracked"`: four fifths those that the hypotheses would have at this
-            temperature without balancing, one fifth equal; or K numbers.
+        wanted (`str` or `list[float]`): `"clusters"`; `"uniform"`; `"tracked"`: those that the hypotheses would have at this
+            temperature without balancing; or K numbers. A twentieth of the first and a fifth of the third is equal for all.
+        clusters (`torch.Tensor`, *optional*): Shape (K,), the shares of the clusters that the hypotheses began with. Without
+            any, `"clusters"` is `"uniform"`.
         rows (`torch.Tensor`): float64 of shape (N, K), in nats for each token.
         temperature (`float`): In nats for each token.
     """
@@ -142,9 +149,11 @@ def target_shares(wanted: str | list[float], rows: torch.Tensor, temperature: fl
     equal = torch.full((count,), 1.0 / count, dtype=torch.float64)
     if wanted == "uniform":
         return equal
+    if wanted == "clusters":
+        return equal if clusters is None else equal.lerp(clusters.double(), 1 - EQUAL_PART_OF_CLUSTERS)
     if wanted == "tracked":
         free = torch.softmax(rows / temperature, dim=1).mean(dim=0) if len(rows) else equal
-        return (1 - EQUAL_PART) * free + EQUAL_PART * equal
+        return equal.lerp(free, 1 - EQUAL_PART_OF_TRACKED)
     shares = torch.tensor(wanted, dtype=torch.float64)
     return shares / shares.sum()
 
@@ -155,6 +164,7 @@ def balanced_scores(
     rows: torch.Tensor,
     *,
     wanted: str | list[float],
+    clusters: torch.Tensor | None,
     temperature: float,
     strength: float,
 ) -> torch.Tensor:
@@ -164,7 +174,7 @@ def balanced_scores(
         scores (`torch.Tensor`): Shape (S, K), in nats for each sequence.
         num_tokens (`torch.Tensor`): Shape (S,).
         rows (`torch.Tensor`): float64 of shape (N, K), in nats for each token: those of the step and before (`RecentScores`).
-        wanted: See `target_shares`.
+        wanted, clusters: See `target_shares`.
         temperature (`float`): T > 0, in nats for each token.
         strength (`float`): See `transport.share_offsets`.
 
@@ -173,5 +183,5 @@ def balanced_scores(
     """
     if len(rows) == 0:
         return scores.double()
-    offsets = share_offsets(rows, target_shares(wanted, rows, temperature), temperature, strength)
+    offsets = share_offsets(rows, target_shares(wanted, clusters, rows, temperature), temperature, strength)
     return scores.double() + num_tokens.double().unsqueeze(1) * offsets

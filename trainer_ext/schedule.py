@@ -51,10 +51,15 @@ class Schedule:
 
     @property
     def temperature(self) -> float:
-        """The temperature in units of `temperature_unit`. It falls from the step on in which the scores decide."""
+        """The temperature in units of `temperature_unit`. It falls from the step on in which the scores decide.
+
+        Clusters are found before they decide: for them it is the final one.
+        """
         args = self.args
         assert args.initial_temperature is not None
         assert args.final_temperature is not None
+        if self.is_seeding:
+            return args.final_temperature
         decay = args.temperature_decay
         if decay is None:
             assert args.annealing_fraction is not None

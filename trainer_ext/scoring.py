@@ -100,7 +100,7 @@ class SupervisedPositions:
 
     @contextmanager
     def pooled(self, batch: SequenceBatch) -> Iterator[list[torch.Tensor]]:
-        """Inside, the backbone returns no positions; the features (B, width) of B sequences are put into the list."""
+        """Inside, the backbone returns no positions; the features (B, 2, width) of B sequences are put into the list."""
         self._pooled = []
         try:
             with self.selected(batch):
@@ -115,7 +115,13 @@ class SupervisedPositions:
             return None
         batch, hidden = self._batch, output.last_hidden_state
         if self._pooled is not None:
-            self._pooled.append(_pool(hidden, batch))
+            if getattr(output, "hidden_states", None) is None:
+                raise ValueError(
+                    f"{type(backbone).__name__} does not return its hidden states, from which clusters of sequences are made. "
+                    "Pass `seeding_fraction=0`."
+                )
+            self._pooled.append(_pool(output.hidden_states[len(output.hidden_states) // 2], batch))
+            output.hidden_states = None
             output.last_hidden_state = hidden[None, 0, :0]
             return output
         rows = len(batch.labels)
@@ -156,9 +162,9 @@ class SupervisedPositions:
 
 
 def _pool(hidden: torch.Tensor, batch: SequenceBatch) -> torch.Tensor:
-    """What a sequence is like, from hidden states (rows, T, width): float32 of shape (B, width), of length 1.
+    """Means of hidden states (rows, T, width) over the supervised tokens of each sequence and over the others, the prompt.
 
-    The mean over the supervised tokens less the mean over the others, the prompt: what is said rather than what about.
+    float32 of shape (B, 2, width); zero where there are none.
     """
     sequence = batch.sequence_of_positions.to(hidden.device)
     learned = (batch.labels != -100).to(hidden.device)
@@ -170,7 +176,7 @@ def _pool(hidden: torch.Tensor, batch: SequenceBatch) -> torch.Tensor:
         total = hidden.new_zeros(len(batch), hidden.shape[-1], dtype=torch.float32)
         total = total.index_add(0, sequence[place], hidden[place].float())
         means.append(total / count.clamp(min=1).unsqueeze(1))
-    return F.normalize(means[0] - means[1], dim=1)
+    return torch.stack(means, dim=1)
 
 
 def logit_transform(config: Any) -> tuple[float, float | None]:
@@ -341,13 +347,17 @@ def score_sequences(
 
 @torch.no_grad()
 def pool_sequences(model: nn.Module, positions: SupervisedPositions, batch: SequenceBatch) -> torch.Tensor:
-    """Features of the sequences of a batch from the last hidden states, under hypothesis 0: float32 of shape (B, width).
+    """Features of the sequences of a batch from hidden states in the middle of the model, under hypothesis 0.
 
     Args:
         model, positions: As for `score_tokens`. With its adapters disabled, the features are the base model's.
         batch ([`SequenceBatch`]): B sequences.
+
+    Returns:
+        `torch.Tensor`: float32 of shape (B, 2, width): the mean over the completion, and the mean over the prompt.
     """
     inputs = {name: value for name, value in batch.inputs.items() if name != "labels"}
+    inputs["output_hidden_states"] = True
     if getattr(positions.base_model.config.get_text_config(), "output_router_logits", False):
         inputs["output_router_logits"] = False
     with positions.pooled(batch) as found:

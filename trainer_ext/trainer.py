@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from datasets import Dataset
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
@@ -57,7 +58,7 @@ from trainer_ext.scoring import (
     score_sequences,
     score_tokens,
 )
-from trainer_ext.seeding import closeness, find_centres
+from trainer_ext.seeding import Clusters, find_clusters
 from trainer_ext.winners import RememberedWinners
 
 
@@ -571,6 +572,7 @@ class MCLTrainer(SavingTrainer):
                 num_tokens,
                 rows,
                 wanted=args.target_shares,
+                clusters=None if self._recent.clusters is None else self._recent.clusters.shares,
                 temperature=self._last_temperature,
                 strength=args.balance_strength * self._unit,
             )
@@ -585,17 +587,16 @@ class MCLTrainer(SavingTrainer):
 
     def _seeding_scores(self, batch: SequenceBatch) -> torch.Tensor:
         """What decides while clusters do, as if it were scores: (B, K)."""
-        if self._recent.centres is None:
-            self._recent.centres = self._find_centres()
-        close = closeness(self._features(batch), self._recent.centres)
-        return close * batch.num_tokens.unsqueeze(1)
+        if self._recent.clusters is None:
+            self._recent.clusters = self._find_clusters()
+        return self._recent.clusters.closeness(self._features(batch)) * batch.num_tokens.unsqueeze(1)
 
     def _features(self, batch: SequenceBatch) -> torch.Tensor:
         with evaluation_mode(self.model), self.model.disable_adapter():
             return pool_sequences(self.model_wrapped, self._positions, batch)
 
-    def _find_centres(self) -> torch.Tensor:
-        """Clusters of some sequences of the training data. Every process finds the same."""
+    def _find_clusters(self) -> Clusters:
+        """Clusters of some sequences of the training data. Every process takes those of the first."""
         count = self.args.seeding_sequences
         if has_length(self.train_dataset):
             generator = torch.Generator().manual_seed(self.args.seed)
@@ -611,8 +612,16 @@ class MCLTrainer(SavingTrainer):
             found.append(self._features(batch)[batch.num_tokens > 0])
         # What is not finite is reported where it is scored.
         features = torch.cat(found)
-        features = features[features.isfinite().all(dim=1)]
-        return find_centres(features, self._num_hypotheses, self.args.seed)
+        features = features[features.isfinite().flatten(1).all(dim=1)]
+        clusters = find_clusters(features, self._num_hypotheses, self.args.seed)
+        wanted = self.args.target_shares
+        if isinstance(wanted, list):
+            # The largest cluster for the hypothesis with the largest share, and so on.
+            by_share = sorted(range(len(wanted)), key=lambda k: -wanted[k])
+            clusters = clusters.arranged([by_share.index(k) for k in range(len(wanted))])
+        # On another machine a rounding may tip them over.
+        tensors = {name: tensor.to(features.device) for name, tensor in clusters.tensors().items()}
+        return Clusters(**{name: tensor.cpu() for name, tensor in broadcast(tensors).items()})
 
     # ------------------------------------------------------------------------------------------------------------
     # Groups of references

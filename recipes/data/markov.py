@@ -156,6 +156,57 @@ def theory(
     )
 
 
+def averaged_chain(
+    chains: Sequence[Chain] = TRANSITION1, priors: Sequence[float] | None = None, length: int = LENGTH
+) -> Chain:
+    """Compute the one chain that a mixture looks like, if what came before the last state is forgotten.
+
+    Its transitions are those of the chains, each weighted by how often it is in the state that is left.
+
+    Args:
+        chains: The chains.
+        priors: As `sample` takes them.
+        length: Tokens of each sequence.
+
+    Returns:
+        The chain (p, q).
+
+    Raises:
+        ValueError: If `chains`, `priors` or `length` make no sense.
+    """
+    weights = _checked(chains, priors, length)
+    leave = np.asarray(chains, dtype=np.float64)  # (K, 2)
+    occupied = np.full_like(leave, 0.5)  # the probability of each state, now
+    visits = np.zeros_like(leave)
+    for _ in range(length - 1):
+        visits += occupied
+        leaving = occupied * leave
+        occupied = occupied - leaving + leaving[:, ::-1]
+    visits *= weights[:, None]
+    p, q = (visits * leave).sum(0) / visits.sum(0)
+    return float(p), float(q)
+
+
+def log_likelihoods(states: NDArray[np.int64], chains: Sequence[Chain] = TRANSITION1) -> NDArray[np.float64]:
+    """Compute what each chain makes of each sequence, the first token given.
+
+    Args:
+        states: (N, T), 0 or 1.
+        chains: The chains, K of them.
+
+    Returns:
+        (N, K), nats for each sequence; -inf for what a chain cannot produce.
+
+    Raises:
+        ValueError: If `chains` or T make no sense.
+    """
+    _checked(chains, None, states.shape[1])
+    steps = np.array([[[1 - p, p], [q, 1 - q]] for p, q in chains])  # (K, 2, 2)
+    with np.errstate(divide="ignore"):
+        logs = np.log(steps)[:, states[:, :-1], states[:, 1:]]  # (K, N, T - 1)
+    return logs.sum(-1).T
+
+
 def _entropy_rate(p: float, q: float) -> float:
     of_0, of_1 = (-sum(x * math.log(x) for x in (leave, 1 - leave) if x) for leave in (p, q))
     # Stationary: q / (p + q) of the time in state 0. A chain that leaves neither state has no entropy in either.

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
+from functools import partial
 from pathlib import Path
 
 from datasets import disable_progress_bars
-from filelock import FileLock, Timeout
 
 from recipes.specialisation.cells import run_cell
+from recipes.specialisation.files import Cell, cell_path, compute_missing
 from recipes.specialisation.methods import METHODS
-from recipes.specialisation.report import report, write_whole
+from recipes.specialisation.report import report
 from recipes.specialisation.tasks import TASKS
 
 
@@ -32,37 +32,23 @@ def main() -> None:
     if arguments.report:
         report(root)
         return
-    cells = [*itertools.product(arguments.seeds, arguments.tasks, arguments.methods)]
-    for number, (seed, task, method) in enumerate(cells):
+    bases = root / "bases"
+    bases.mkdir(parents=True, exist_ok=True)
+    cells = []
+    for seed, task, method in itertools.product(arguments.seeds, arguments.tasks, arguments.methods):
         path = cell_path(root, task, method, seed, arguments.steps)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(path.with_suffix(".lock"), timeout=0):
-                if path.exists():
-                    continue
-                print(f"[{number + 1} of {len(cells)}] {task}, {method}, seed {seed}", flush=True)
-                bases = root / "bases"
-                bases.mkdir(exist_ok=True)
-                result = run_cell(TASKS[task], method, seed, bases, path.with_suffix(""), arguments.steps)
-                write_whole(path, json.dumps(result))
-                print(line_of(result), flush=True)
-        except Timeout:
-            # Another process is at it.
-            continue
+        run = partial(run_cell, TASKS[task], method, seed, bases, path.with_suffix(""), arguments.steps)
+        cells.append(Cell(f"{task}, {method}, seed {seed}", path, run))
+    compute_missing(cells, line_of)
 
 
 def line_of(result: dict) -> str:
     figures, agreed = result["figures"], result["agreement"]
     return (
-        f"    purity {agreed['purity']:.3f}, NMI {agreed['nmi']:.3f}, dead {result['dead']}, NLL best "
+        f"purity {agreed['purity']:.3f}, NMI {agreed['nmi']:.3f}, dead {result['dead']}, NLL best "
         f"{figures['wta_nll']:.3f}, mixture {figures['mixture_nll']:.3f}, mean {figures['mean_nll']:.3f}, worst "
         f"{figures['worst_nll']:.3f}; {result['train_wall_seconds']:.0f} s"
     )
-
-
-def cell_path(root: Path, task: str, method: str, seed: int, steps: int | None) -> Path:
-    name = method.replace(" + ", "+").replace(", ", "-").replace(" ", "-")
-    return root / task.replace(" ", "-") / f"{name}{'' if steps is None else f'.{steps}-steps'}.seed{seed}.json"
 
 
 def parse() -> argparse.Namespace:

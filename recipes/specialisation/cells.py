@@ -16,10 +16,10 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 
 from peft_mcl import MCLoraConfig
-from recipes.evaluate import agreement
 from recipes.specialisation.methods import METHODS, Method
 from recipes.specialisation.tasks import Task
 from trainer_ext import MCLConfig, MCLTrainer
+from trainer_ext.evaluation import agreement
 from trainer_ext.metrics import ScoreWindow, competition_metrics
 
 
@@ -30,7 +30,7 @@ LOOKS = 3
 DECODED_PROMPTS = 12
 DECODED_TOKENS = 32
 # One LoRA that is compared with K hypotheses gets, besides their ranks, that of a part that they may share.
-PLAIN_EXTRA = 8
+PLAIN_EXTRA = 32
 
 
 def run_cell(task: Task, name: str, seed: int, bases: Path, keep: Path, steps: int | None = None) -> dict[str, Any]:
@@ -102,7 +102,8 @@ def trainer_of(
     """The trainer of one run. One LoRA gets the total rank of the hypotheses, unless `r` is given."""
     set_seed(seed)
     count = 1 if method.plain else task.num_hypotheses
-    rank = r or (task.num_hypotheses * task.r + PLAIN_EXTRA if method.plain else task.r)
+    own = method.adapter.get("r", task.r)
+    rank = r or (task.num_hypotheses * own + PLAIN_EXTRA if method.plain else own)
     adapter = {"task_type": "CAUSAL_LM", **task.adapter, **method.adapter, "r": rank}
     # The same scale at every rank.
     adapter["lora_alpha"] = task.adapter["lora_alpha"] * rank / task.r

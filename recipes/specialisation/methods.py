@@ -27,12 +27,14 @@ class Method:
     told: bool = False
 
 
-SHARED = {"shared_r": 8}
+SHARED = {"shared_r": 32}
 # What is recommended, less one thing, or with one more.
 UNSEEDED = {"seeding_fraction": 0.0}
 STRICT = {"balance_strength": math.inf}
 TOGETHER = {"together_fraction": 0.2, "annealing_fraction": 0.6}
 ALIKE = {"init_perturbation": 0.1}
+ANNEALED = {"objective": "annealed", "initial_temperature": 0.5, "final_temperature": 1e-3}
+DROPOUT = {"lora_dropout": 0.1}
 
 METHODS = {
     "lora": Method(plain=True),
@@ -40,20 +42,27 @@ METHODS = {
     "told the modes": Method(told=True),
     "random": Method({"objective": "random"}),
     "wta": Method({"objective": "wta"}),
-    "relaxed": Method({"objective": "relaxed", "relaxed_epsilon": 0.1}),
-    "annealed": Method({"objective": "annealed", "initial_temperature": 0.5, "final_temperature": 1e-3}),
+    **{
+        f"relaxed, {epsilon}": Method({"objective": "relaxed", "relaxed_epsilon": epsilon})
+        for epsilon in (0.005, 0.05, 0.1, 0.2)
+    },
+    "annealed": Method(ANNEALED),
+    "annealed, a quarter": Method({**ANNEALED, "annealing_fraction": 0.25}),
+    "annealed, all": Method({**ANNEALED, "annealing_fraction": 1.0}),
+    "annealed, dropout": Method(ANNEALED, DROPOUT),
     "wta + shared": Method({"objective": "wta"}, SHARED),
     "wta + shared + reviving": Method({"objective": "wta", "revive_after_steps": 10}, SHARED),
-    "annealed + shared": Method(
-        {"objective": "annealed", "initial_temperature": 0.5, "final_temperature": 1e-3}, SHARED
-    ),
+    "annealed + shared": Method(ANNEALED, SHARED),
     "balanced": Method(),
     "balanced + shared": Method({}, SHARED),
-    "balanced + more shared": Method({}, {"shared_r": 32}),
-    "balanced + more shared + together": Method(TOGETHER, {"shared_r": 32, **ALIKE}),
+    "balanced + shared, shared_r = 8": Method({}, {"shared_r": 8}),
+    "balanced + shared, r = 2": Method({}, {**SHARED, "r": 2}),
+    "balanced + shared, r = 16": Method({}, {**SHARED, "r": 16}),
+    "balanced + shared, dropout": Method({}, {**SHARED, **DROPOUT}),
     "balanced + shared, not seeded": Method(UNSEEDED, SHARED),
     "balanced + shared, strict": Method(STRICT, SHARED),
     "balanced + shared, not seeded, strict": Method({**UNSEEDED, **STRICT}, SHARED),
+    "balanced + shared, uniform": Method({"target_shares": "uniform"}, SHARED),
     "balanced + shared, tracked": Method({"target_shares": "tracked"}, SHARED),
     "balanced + shared + together": Method(TOGETHER, {**SHARED, **ALIKE}),
 }

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from recipes.language import identify
+from recipes.specialisation.files import save_plot, write_whole
 from recipes.specialisation.methods import METHODS
 from recipes.specialisation.tasks import LANGUAGES, TASKS
 
@@ -39,14 +40,10 @@ def report(root: Path) -> None:
     parts = [table(name, groups[name]) for name in TASKS if name in groups]
     write_whole(root / "report.md", "\n\n".join(parts) + "\n")
     for name, group in groups.items():
-        draw(name, group, root / f"{name.replace(' ', '-').replace(',', '')}.png")
-    print(f"Wrote {root / 'report.md'}, {root / 'results.json'} and {len(groups)} plots.")
-
-
-def write_whole(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+        title = name.replace(" ", "-").replace(",", "")
+        draw(name, group, root / f"{title}.png")
+        draw_winners(name, group, root / f"{title}-winners.png")
+    print(f"Wrote {root / 'report.md'}, {root / 'results.json'} and plots of {len(groups)} tasks.")
 
 
 def decoded_languages(cell: dict[str, Any]) -> dict[str, Any]:
@@ -91,10 +88,10 @@ def table(task: str, cells: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int = 3) -> str:
     """The mean, and the range if there are several."""
-    mean = f"{np.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def draw(task: str, cells: list[dict[str, Any]], path: Path) -> None:
@@ -116,7 +113,34 @@ def draw(task: str, cells: list[dict[str, Any]], path: Path) -> None:
     right.set_xlabel("optimizer step")
     right.set_ylabel("purity (validation)")
     left.set_title(task)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=110)
-    partial.replace(path)
+    save_plot(figure, path)
+    plt.close(figure)
+
+
+def draw_winners(task: str, cells: list[dict[str, Any]], path: Path) -> None:
+    """Who wins what over time: a row for each method (its first seed), a column for each look, modes by hypotheses."""
+    first: dict[str, dict[str, Any]] = {}
+    for cell in sorted(cells, key=lambda cell: cell["seed"]):
+        if cell["looks"]:
+            first.setdefault(cell["method"], cell)
+    if not first:
+        return
+    columns = max(len(cell["looks"]) for cell in first.values())
+    figure, grid = plt.subplots(
+        len(first), columns, figsize=(2.2 * columns + 1.5, 1.7 * len(first)), layout="constrained", squeeze=False
+    )
+    for row, (method, cell) in zip(grid, first.items(), strict=True):
+        for place, look in zip(row, cell["looks"], strict=False):
+            counts = np.array(list(look["matrix"].values()), dtype=float)
+            place.imshow(
+                counts / counts.sum(axis=1, keepdims=True).clip(min=1), vmin=0, vmax=1, cmap="Blues", aspect="auto"
+            )
+            place.set_yticks(range(len(counts)), list(look["matrix"]), fontsize=7)
+            place.set_xticks(range(counts.shape[1]))
+            place.set_title(f"step {look['step']}", fontsize=8)
+        row[0].set_ylabel(method, fontsize=7)
+        for place in row[len(cell["looks"]) :]:
+            place.axis("off")
+    figure.suptitle(f"{task}: part of each mode (rows) that each hypothesis wins", fontsize=9)
+    save_plot(figure, path)
     plt.close(figure)

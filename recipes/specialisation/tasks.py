@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,10 @@ class Task:
         adapter: Options of MCLoraConfig.
         training: Options of MCLConfig.
         language: Whether each mode is a language, so that decoded text tells what a hypothesis has become.
+        answers: Makes the held-out prompts with all their references, rows that share a prompt; None where nothing is decoded.
         trained_base: Merge one LoRA, trained on the same mixture, into the base model first.
+        chains: The Markov chains that the sequences are drawn from, if that is what the modes are.
+        priors: How probable each of them is; `None`: all the same.
     """
 
     name: str
@@ -42,7 +45,10 @@ class Task:
     adapter: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     language: bool = False
+    answers: Callable[[], Dataset] | None = None
     trained_base: bool = False
+    chains: tuple[markov.Chain, ...] = ()
+    priors: tuple[float, ...] | None = None
 
 
 # As in the quickstart; short enough for two CPU cores.
@@ -60,12 +66,12 @@ ADAPTER = {"lora_alpha": 16, "target_modules": "all-linear"}
 
 
 def _read(folder: Path, label: str, sizes: dict[str, int]) -> dict[str, Dataset]:
-    splits = {}
-    for name in ("train", "validation", "test"):
-        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        rows = rows[: sizes.get(name)]
-        splits[name] = Dataset.from_list([{key: row[key] for key in ("prompt", "completion", label)} for row in rows])
-    return splits
+    return {name: _rows(folder / f"{name}.jsonl", label, sizes.get(name)) for name in ("train", "validation", "test")}
+
+
+def _rows(path: Path, label: str, most: int | None = None) -> Dataset:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:most]
+    return Dataset.from_list([{key: row[key] for key in ("prompt", "completion", label)} for row in rows])
 
 
 def _debian(languages: tuple[str, ...] = LANGUAGES, weights: tuple[float, ...] | None = None) -> Any:
@@ -76,6 +82,15 @@ def _debian(languages: tuple[str, ...] = LANGUAGES, weights: tuple[float, ...] |
     return data
 
 
+def _debian_answers() -> Dataset:
+    # The held-out prompts are the same for every seed and weights.
+    return _rows(debian.prepare_dataset(LANGUAGES, None, 0) / "test_all.jsonl", "language")
+
+
+def _bible_answers() -> Dataset:
+    return _rows(bible.prepare_dataset() / "test.jsonl", "version")
+
+
 def _bible(seed: int) -> dict[str, Dataset]:
     return _read(bible.prepare_dataset(), "version", {"validation": 63, "test": 300})
 
@@ -84,9 +99,9 @@ def _smollm2(seed: int) -> str:
     return str(smollm2.prepare_model())
 
 
-def _markov(name: str, priors: tuple[float, ...] | None = None) -> Any:
+def _markov(chains: tuple[markov.Chain, ...], priors: tuple[float, ...] | None) -> Any:
     def data(seed: int) -> dict[str, Dataset]:
-        folder = markov.prepare_dataset(markov.CHAINS[name], priors, seed=seed)
+        folder = markov.prepare_dataset(chains, priors, seed=seed)
         splits = {
             split: [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
             for split in ("train", "test")
@@ -110,7 +125,7 @@ NEO = {
     "max_steps": 501,
     "per_device_train_batch_size": 128,
     "per_device_eval_batch_size": 256,
-    "learning_rate": 1e-3,
+    "learning_rate": 1e-2,
     "lr_scheduler_type": "cosine",
     "bf16": False,
     "gradient_checkpointing": False,
@@ -124,21 +139,43 @@ def _languages(
     training = {**SMOLLM2, "max_steps": steps}
     data = _debian(**setting)
     return Task(
-        name, data, _smollm2, "language", num_hypotheses, 8, ADAPTER, training, language=True, trained_base=trained_base
+        name,
+        data,
+        _smollm2,
+        "language",
+        num_hypotheses,
+        8,
+        ADAPTER,
+        training,
+        language=True,
+        answers=_debian_answers,
+        trained_base=trained_base,
     )
 
 
-def _chains(title: str, num_hypotheses: int, trained_base: bool = False, **setting: Any) -> Task:
-    return Task(
-        title, _markov(**setting), _neo, "chain", num_hypotheses, 64, NEO_ADAPTER, NEO, trained_base=trained_base
-    )
+def _styles(name: str, num_hypotheses: int = 3) -> Task:
+    training = {**SMOLLM2, "max_steps": 200}
+    return Task(name, _bible, _smollm2, "version", num_hypotheses, 8, ADAPTER, training, answers=_bible_answers)
+
+
+def _chains(
+    title: str,
+    num_hypotheses: int,
+    name: str,
+    priors: tuple[float, ...] | None = None,
+    trained_base: bool = False,
+) -> Task:
+    chains = markov.CHAINS[name]
+    task = Task(title, _markov(chains, priors), _neo, "chain", num_hypotheses, 64, NEO_ADAPTER, NEO)
+    return replace(task, trained_base=trained_base, chains=chains, priors=priors)
 
 
 TASKS = {
     task.name: task
     for task in [
         _languages("languages"),
-        Task("styles", _bible, _smollm2, "version", 3, 8, ADAPTER, {**SMOLLM2, "max_steps": 200}),
+        _styles("styles"),
+        *(_styles(f"styles, {count} hypotheses", count) for count in (2, 5, 8)),
         _languages("unequal languages", weights=(0.7, 0.1, 0.1, 0.1)),
         _languages("one language", languages=("de",)),
         _languages("8 hypotheses", num_hypotheses=8),

@@ -216,15 +216,6 @@ def test_4_bit_layers_need_a_dtype_to_compute_in():
     assert train_mcl.quantization_config(ModelConfig(dtype="auto")) is None
 
 
-def test_agreement_by_hand():
-    modes = ["x", "x", "x", "y", "y", "z"]
-    winners = torch.tensor([0, 0, 2, 2, 2, 2])
-    result = evaluate.agreement(modes, winners, num_hypotheses=4)
-    assert result["matrix"] == {"x": [2, 0, 1, 0], "y": [0, 0, 2, 0], "z": [0, 0, 1, 0]}
-    assert result["purity"] == pytest.approx(4 / 6)
-    assert evaluate.agreement(modes, torch.tensor([1, 1, 1, 3, 3, 0]), 4)["nmi"] == pytest.approx(1.0)
-
-
 def test_plot_draws_a_picture(trained, tmp_path):
     plot.main(plot.PlotArguments(run=str(trained), output=str(tmp_path / "p" / "plot.png"), baseline=str(trained)))
     assert (tmp_path / "p" / "plot.png").read_bytes().startswith(b"\x89PNG")

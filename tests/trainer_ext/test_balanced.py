@@ -254,7 +254,7 @@ def test_annealing_in_spreads(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_shares": "even"}, "`target_shares` must be 'uniform', 'tracked' or one number above 0"),
+        ({"target_shares": "even"}, "`target_shares` must be 'clusters', 'uniform', 'tracked' or one number above 0"),
         ({"target_shares": [0.5, 0.0, 0.5]}, "`target_shares` must be"),
         ({"target_shares": [0.5, 0.5]}, "`target_shares` has 2 numbers"),
         ({"balance_strength": 0.0}, "`balance_strength` must be above 0"),

@@ -43,6 +43,6 @@ def test_temperature_falls_once_the_scores_decide(tmp_path):
         final_temperature=0.1,
     )
     schedules = [Schedule(args, 3, step, 10) for step in range(10)]
-    expected = [1.0] * 5 + [10 ** (-1 / 4), 10 ** (-2 / 4), 10 ** (-3 / 4), 0.1, 0.1]
+    expected = [1.0, 1.0, 0.1, 0.1, 1.0, 10 ** (-1 / 4), 10 ** (-2 / 4), 10 ** (-3 / 4), 0.1, 0.1]
     assert [schedule.temperature for schedule in schedules] == pytest.approx(expected)
-    assert [schedule.is_warm for schedule in schedules] == [True] * 8 + [False] * 2
+    assert [schedule.is_warm for schedule in schedules] == [True] * 2 + [False] * 2 + [True] * 4 + [False] * 2

@@ -113,7 +113,7 @@ def test_rows_that_are_not_whole_take_no_part():
     rows = finite_rows(scores, torch.tensor([2, 1, 1, 3, 0]))
     assert rows.tolist() == [[-2.0, -1.0], [-3.0, -2.0]]
     balanced = balanced_scores(
-        scores, torch.tensor([2, 1, 1, 3, 0]), rows, wanted="uniform", temperature=0.1, strength=math.inf
+        scores, torch.tensor([2, 1, 1, 3, 0]), rows, wanted="uniform", clusters=None, temperature=0.1, strength=math.inf
     )
     assert balanced.isfinite().tolist() == scores.isfinite().tolist()
     # Both rows differ by 1 nat for each token, so the offsets make them tie.
@@ -122,6 +122,12 @@ def test_rows_that_are_not_whole_take_no_part():
 
 def test_targets():
     rows = torch.tensor([[0.0, -9.0], [0.0, -9.0], [0.0, -9.0], [-9.0, 0.0]], dtype=torch.float64)
-    assert target_shares("uniform", rows, 0.1).tolist() == [0.5, 0.5]
-    assert target_shares("tracked", rows, 0.1).tolist() == pytest.approx([0.8 * 0.75 + 0.1, 0.8 * 0.25 + 0.1])
-    assert target_shares([3.0, 1.0], rows, 0.1).tolist() == [0.75, 0.25]
+    clusters = torch.tensor([0.9, 0.1])
+    assert target_shares("uniform", clusters, rows, 0.1).tolist() == [0.5, 0.5]
+    assert target_shares("clusters", clusters, rows, 0.1).tolist() == pytest.approx(
+        [0.95 * 0.9 + 0.025, 0.95 * 0.1 + 0.025]
+    )
+    assert target_shares("clusters", None, rows, 0.1).tolist() == pytest.approx([0.5, 0.5])
+    tracked = target_shares("tracked", clusters, rows, 0.1).tolist()
+    assert tracked == pytest.approx([0.8 * 0.75 + 0.1, 0.8 * 0.25 + 0.1])
+    assert target_shares([3.0, 1.0], clusters, rows, 0.1).tolist() == [0.75, 0.25]
