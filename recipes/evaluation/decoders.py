@@ -69,7 +69,7 @@ def options_of(decoder: str, settings: Settings, outputs: int, hypotheses: int) 
 
 @torch.no_grad()
 def decode(
-    model: Any, tokenizer: Any, prompts: list[Any], options: dict[str, Any], settings: Settings, title: str
+    model: Any, tokenizer: Any, prompts: list[Any], options: dict[str, Any], settings: Settings
 ) -> list[dict[str, Any]]:
     """Decode all prompts.
 
@@ -80,7 +80,7 @@ def decode(
     torch.manual_seed(settings.seed)
     rows: list[dict[str, Any]] = []
     starts = range(0, len(prompts), settings.batch_size)
-    for start in track(starts, description=title):
+    for start in track(starts, description="Decoding"):
         batch = prompts[start : start + settings.batch_size]
         inputs = tokenizer(texts_of(tokenizer, batch), return_tensors="pt", padding=True).to(model.device)
         arguments = {

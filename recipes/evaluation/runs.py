@@ -76,7 +76,7 @@ def collect(contenders: list[Contender], rows: Dataset, settings: Settings) -> E
             settings.output_dir / "scored",
             f"{one.name}.{seed}",
             {**about, "rows": data.to_list(), "max_length": settings.max_length, "batch_size": settings.batch_size},
-            partial(_score, loaded, data, settings),
+            partial(_score, loaded, data, settings, f"{title}: likelihoods of {len(data)} sequences"),
         )
         scores.append((one, found))
         for decoder in [own_decoder(settings)] if one.num_hypotheses > 1 else settings.decoders:
@@ -118,11 +118,13 @@ def _quantised(settings: Settings) -> list[bool]:
 def _decode(
     loaded: _Lazily, prompts: list[Any], options: dict[str, Any], settings: Settings, title: str
 ) -> list[dict[str, Any]]:
+    print(title, flush=True)
     model, tokenizer = loaded()
-    return decode(model, tokenizer, prompts, options, settings, title)
+    return decode(model, tokenizer, prompts, options, settings)
 
 
-def _score(loaded: _Lazily, rows: Dataset, settings: Settings) -> list[dict[str, Any]]:
+def _score(loaded: _Lazily, rows: Dataset, settings: Settings, title: str) -> list[dict[str, Any]]:
+    print(title, flush=True)
     model, tokenizer = loaded()
     window = score_rows(model, rows, settings.batch_size, settings.max_length, tokenizer)
     pairs = zip(window.scores.tolist(), window.num_tokens.tolist(), strict=True)

@@ -58,7 +58,7 @@ def test_every_decoder_gives_k_outputs_that_depend_on_the_seed_alone(place, tmp_
         for seed in (0, 0, 1):
             settings = quick(tmp_path, seed=seed, batch_size=2, num_beams=2)
             options = options_of(name, settings, outputs=3, hypotheses=1)
-            found.append(decode(model, tokenizer, prompts, options, settings, name))
+            found.append(decode(model, tokenizer, prompts, options, settings))
         assert [len(row["outputs"]) for row in found[0]] == [1 if name == "greedy" else 3] * 3
         assert found[0] == found[1]
         is_random = name not in ("greedy", "beam", "diverse_beam")
@@ -72,7 +72,7 @@ def test_loras_side_by_side_are_the_hypotheses_they_came_from(place, tmp_path):
         one = contender("x", paths)
         assert one.num_hypotheses == 2
         model, tokenizer = one.load(settings)
-        found.append(decode(model, tokenizer, ["w1 w2", "w3"], options_of("greedy", settings, 2, 2), settings, "x"))
+        found.append(decode(model, tokenizer, ["w1 w2", "w3"], options_of("greedy", settings, 2, 2), settings))
     assert found[0] == found[1]
     assert found[0][0]["outputs"][0] != found[0][0]["outputs"][1]
 
