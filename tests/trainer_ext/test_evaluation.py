@@ -269,6 +269,10 @@ def test_intervals():
     difference = bootstrap_difference(other, values)
     assert difference.high - difference.low < 0.2 * (found.high - found.low)
     assert math.isnan(bootstrap(np.array([1.0])).low)
+    # The short way of means draws what the long one does.
+    for table in (values, np.stack([values, values**2])):
+        long = bootstrap(table, statistic=lambda drawn: float(drawn.mean()), resamples=50)
+        assert bootstrap(table, resamples=50) == pytest.approx(long)
     doubled = bootstrap(values, statistic=lambda drawn: 2 * float(np.median(drawn)))
     assert doubled.estimate == pytest.approx(2 * np.median(values))
 

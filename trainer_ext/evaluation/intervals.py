@@ -46,7 +46,8 @@ def bootstrap(
     """
     _check_options(confidence, resamples)
     table = _checked("values", values)
-    drawn = (statistic(_take(table, rows, columns)) for rows, columns in _draws(table, resamples, seed))
+    of = _of_drawn(statistic)
+    drawn = (of(table, rows, columns) for rows, columns in _draws(table, resamples, seed))
     return _interval(statistic(table), drawn, confidence, table.shape[-1])
 
 
@@ -81,8 +82,9 @@ def bootstrap_difference(
         )
     # Another stream of random numbers for the seeds of the second method.
     seeds_of_other = np.random.default_rng([seed, 1])
+    of = _of_drawn(statistic)
     drawn = (
-        statistic(_take(one, rows, columns)) - statistic(_take(other, _rows(other, seeds_of_other), columns))
+        of(one, rows, columns) - of(other, _rows(other, seeds_of_other), columns)
         for rows, columns in _draws(one, resamples, seed)
     )
     return _interval(statistic(one) - statistic(other), drawn, confidence, one.shape[-1])
@@ -121,8 +123,25 @@ def _draws(table: np.ndarray, resamples: int, seed: int) -> Iterator[tuple[np.nd
         yield _rows(table, seeds), columns
 
 
+def _of_drawn(
+    statistic: Callable[[np.ndarray], float],
+) -> Callable[[np.ndarray, np.ndarray | None, np.ndarray], float]:
+    """The statistic of drawn rows and columns of a table. Means, the usual case, are had without copying what was drawn."""
+    if statistic is np.mean:
+        return _mean
+    return lambda table, rows, columns: statistic(_take(table, rows, columns))
+
+
 def _take(table: np.ndarray, rows: np.ndarray | None, columns: np.ndarray) -> np.ndarray:
     return table[columns] if rows is None else table[np.ix_(rows, columns)]
+
+
+def _mean(table: np.ndarray, rows: np.ndarray | None, columns: np.ndarray) -> float:
+    """The mean of what `_take` would take, without taking it: each row and column counts as often as it was drawn."""
+    often = np.bincount(columns, minlength=table.shape[-1]) / len(columns)
+    if rows is None:
+        return float(table @ often)
+    return float(np.bincount(rows, minlength=len(table)) @ (table @ often) / len(rows))
 
 
 def _interval(estimate: float, drawn: Iterator[float], confidence: float, num_inputs: int) -> Interval:
