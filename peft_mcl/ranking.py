@@ -95,8 +95,8 @@ def rank_sequences(
         hypotheses: As for `generate`.
         weights (`list[float]`, *optional*): K numbers of at least 0, in place of the adapter's `hypothesis_weights`.
         **arguments: What `generate` was given, by name: inputs, and the options that matter here, `num_return_sequences`
-            (with the `do_sample` or `num_beams` that allow it), `eos_token_id`, `pad_token_id`, `length_penalty`, `stop_strings`, `stopping_criteria` and `tokenizer`. The rest
-            may be there, too.
+            (with the `do_sample` or `num_beams` that allow it), `eos_token_id`, `pad_token_id`, `length_penalty`,
+            `stop_strings`, `stopping_criteria` and `tokenizer`. The rest may be there, too.
 
     Returns:
         [`Ranking`]: With M = len(hypotheses) * num_return_sequences.
