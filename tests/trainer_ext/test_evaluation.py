@@ -1,4 +1,4 @@
-"""Quality, diversity, specialisation and intervals: published numbers, plain loops, properties, bad input."""
+"""Quality, diversity, specialisation and intervals: plain loops, properties, bad input."""
 
 from __future__ import annotations
 
@@ -46,15 +46,6 @@ OUTPUTS = [
     ["soup", "a bowl of soup with bread and a glass of water on the table", "a bowl of soup with bread"],
     ["a man on a bridge at night over the river", "night", "the city at night"],
 ]
-# pycocoevalcap 1.2 on these texts, which its tokenizer would leave as they are: `Cider().compute_score` for output k of all
-# inputs, and, for the last, the mean over k of `Bleu(4).compute_score` of output k against the other two.
-PUBLISHED_CIDER_D = [
-    [2.9552057275, 2.6420457115, 0.9442984817, 3.1200240496],
-    [0.966123046, 0.1790934588, 2.4253841899, 0.4513756594],
-    [5.3609441975, 0.0, 10.0, 0.5380818165],
-]
-PUBLISHED_MBLEU_4 = 0.3293328428
-
 TEXTS = st.text(alphabet="ab éß日,. ", max_size=12)
 
 
@@ -63,12 +54,6 @@ def tables(least=1, most=4):
     return st.integers(least, most).flatmap(
         lambda count: st.lists(st.lists(TEXTS, min_size=count, max_size=count), min_size=2, max_size=4)
     )
-
-
-def test_cider_d_and_mbleu_4_are_the_published_ones():
-    found = quality(OUTPUTS, REFERENCES, ["cider_d"])["cider_d"]
-    np.testing.assert_allclose(found.T, PUBLISHED_CIDER_D, atol=1e-9)
-    assert corpus_diversity(OUTPUTS)["mbleu_4"] == pytest.approx(PUBLISHED_MBLEU_4, abs=1e-9)
 
 
 def test_quality_by_hand():
