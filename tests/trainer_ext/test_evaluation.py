@@ -21,7 +21,6 @@ from trainer_ext.evaluation import (
     bootstrap,
     bootstrap_difference,
     characteristic_words,
-    corpus_diversity,
     corpus_quality,
     coverage,
     diversity,
