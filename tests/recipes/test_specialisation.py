@@ -11,6 +11,8 @@ from datasets import Dataset
 
 from recipes.data import markov
 from recipes.specialisation.cells import run_cell
+from recipes.specialisation.decode import contenders_of
+from recipes.specialisation.files import cell_path
 from recipes.specialisation.methods import METHODS
 from recipes.specialisation.report import report
 from recipes.specialisation.tasks import TASKS
@@ -69,3 +71,18 @@ def test_a_trained_base_is_kept(task, tmp_path):
 def test_methods_name_options_that_exist(tmp_path):
     assert "balanced + shared" in METHODS
     assert sum(method.plain or method.separate or method.told for method in METHODS.values()) == 3
+
+
+def test_kept_adapters_are_contenders(task, tmp_path):
+    cells = {}
+    for method in ("balanced + shared", "separate"):
+        path = cell_path(tmp_path, task.name, method, 0, None)
+        path.parent.mkdir(exist_ok=True)
+        cells[method] = run_cell(task, method, seed=0, bases=tmp_path, keep=path.with_suffix(""))
+        path.write_text(json.dumps(cells[method]))
+    found = contenders_of(task, ["balanced + shared", "lora", "separate"], tmp_path, None)
+    assert [one.name for one in found] == ["balanced + shared", "separate", "lora, r = 64"]
+    assert [one.num_hypotheses for one in found] == [2, 2, 1]
+    wins = [sum(column) for column in zip(*cells["balanced + shared"]["looks"][-1]["matrix"].values(), strict=True)]
+    assert found[0].weights == pytest.approx([(win + 1) / (sum(wins) + 2) for win in wins])
+    assert found[1].weights == (0.5, 0.5)
