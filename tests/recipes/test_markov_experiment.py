@@ -116,3 +116,34 @@ def test_a_few_steps(tmp_path, monkeypatch, method, capsys):
     assert ended.value.code == 1
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert "FAIL: transition1, wta, seed 0" in capsys.readouterr().out
+
+
+def test_check_wants_each_criterion_of_each_cell(capsys):
+    theory = vars(markov.theory(markov.TRANSITION1))
+    good = {
+        "set_up": "transition1",
+        "method": "wta",
+        "asked_steps": 501,
+        "theory": theory,
+        "nll": theory["winners"],
+        "matrix_error": 0.03,
+        "assignment": 0.99,
+        "cpu_seconds": 300,
+    }
+    cells = [{**good, "seed": seed} for seed in (0, 1)]
+    assert experiment.check(cells, ["transition1", "three"], [0, 1])
+    assert not experiment.check(cells, ["transition1", "transition2"], [0, 1])
+    assert not experiment.check(cells, ["transition1"], [0, 1, 2])
+    # Another length, or another method, is not what was asked for; nor is a set-up without criteria.
+    assert not experiment.check(cells, ["transition1"], [0], steps=500)
+    assert not experiment.check([{**good, "seed": 0, "method": "balanced"}], ["transition1"], [0])
+    assert not experiment.check(cells, ["three"], [0])
+    for key, value in [
+        ("nll", theory["rate"] + 1e-5),
+        ("matrix_error", 0.031),
+        ("assignment", 0.989),
+        ("cpu_seconds", 301),
+    ]:
+        capsys.readouterr()
+        assert not experiment.check([cells[0], {**good, "seed": 1, key: value}], ["transition1"], [0, 1])
+        assert capsys.readouterr().out.count("FAIL") == 1
