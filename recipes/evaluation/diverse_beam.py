@@ -31,7 +31,7 @@ def diverse_beam_search(
 ) -> torch.Tensor:
     """Decode by diverse beam search; for `model.generate(custom_generate=diverse_beam_search, groups=G, ...)`.
 
-    The penalties of earlier steps stay in the score of a beam, as in fairseq and in transformers before version 5.
+    The penalties of earlier steps stay in the score of a beam, as in transformers before version 5.
 
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs: What `generate` hands over;
