@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
+from threadpoolctl import threadpool_limits
 
 
 # Directions of the prompt that are taken out of the completion, and those in which clusters are looked for; the latter are at
@@ -70,6 +71,8 @@ class Clusters:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+# Its loops are tiny: threads that wait for each other took 20 times as long where the cores were busy.
+@threadpool_limits.wrap(limits=1)
 def find_clusters(features: torch.Tensor, count: int, seed: int) -> Clusters:
     """A mixture of Gaussians with one covariance, the likeliest of 40 attempts, in the main directions of the features.
 
