@@ -25,8 +25,11 @@ from trainer_ext.evaluation import (
     bootstrap,
     bootstrap_difference,
     characteristic_words,
+    corpus_diversity,
+    corpus_quality,
     coverage,
     diversity,
+    leave_one_out_bleu,
     quality,
     samples_won,
     semantic_diversity,
@@ -92,6 +95,7 @@ def measure(
             "quality": _quality(of_run[name, decoder], runs, evidence, settings),
             "diversity": _diversity(runs, evidence, settings, embed),
             "top1": _top1([scores[first] for scores in of_run[name, decoder]], runs, settings),
+            "corpus": [_corpus(run, evidence) for run in runs],
             "best_of_mode": _best_of_mode(runs, rows, evidence, settings),
         }
         for (name, decoder), runs in groups.items()
@@ -123,6 +127,8 @@ def measure(
         "sequences": len(texts),
         "settings": {name: str(v) if name == "output_dir" else v for name, v in vars(settings).items()},
         "ranked_metric": first,
+        # What people reach, each reference against the others of its prompt.
+        "leave_one_out_bleu_of_references": _interval(leave_one_out_bleu(evidence.references), settings),
         "likelihood": {name: _likelihood(group, settings) for name, group in by_name.items()},
         "runs": found,
         "specialisation": {
@@ -151,8 +157,25 @@ def _quality(
     for metric in settings.metrics:
         parts = [best_mean_worst(scores[metric]) for scores in of_seed]
         found[metric] = {name: _interval([part[name] for part in parts], settings) for name in parts[0]}
-    covered = [coverage([row["outputs"] for row in run.rows], evidence.references) for run in runs]
-    return {**found, "coverage": _interval(covered, settings)}
+    texts = [[row["outputs"] for row in run.rows] for run in runs]
+    covered = [coverage(outputs, evidence.references) for outputs in texts]
+    left_out = [leave_one_out_bleu(evidence.references, outputs) for outputs in texts]
+    return {
+        **found,
+        "coverage": _interval(covered, settings),
+        "leave_one_out_bleu": _interval(left_out, settings),
+    }
+
+
+def _corpus(run: Run, evidence: Evidence) -> dict[str, Any]:
+    """The figures of the whole set that papers report, which are no means over inputs."""
+    outputs = [row["outputs"] for row in run.rows]
+    diverse = corpus_diversity(outputs)
+    # JSON has no NaN.
+    return {
+        **corpus_quality(outputs, evidence.references),
+        **{name: None if math.isnan(value) else value for name, value in diverse.items()},
+    }
 
 
 def _best_of_mode(runs: list[Run], rows: Dataset, evidence: Evidence, settings: Settings) -> dict[str, Any]:

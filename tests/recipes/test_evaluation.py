@@ -108,6 +108,9 @@ def test_the_whole_command(place, tmp_path, capsys, monkeypatch):
         parts = run["quality"]["chrf"]
         assert parts["worst"][0] <= parts["mean"][0] <= parts["best"][0]
         assert all(low <= estimate <= high for estimate, low, high in parts.values())
+        assert len(run["corpus"]) == run["seeds"]
+        assert len(run["corpus"][0]["chrf"]["hypotheses"]) == run["outputs"]
+        assert (run["corpus"][0]["mbleu_4"] is None) is (run["outputs"] == 1)
     top = by_run["mcl", "greedy"]["top1"]
     assert set(top) == {"likelihood", "mixture", "consensus", "oracle", "random"}
     assert all(top[name][0] <= top["oracle"][0] for name in top)
