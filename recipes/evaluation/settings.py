@@ -63,11 +63,23 @@ class Settings:
             wrong = [value for value in getattr(self, name) if value not in known]
             if wrong or not getattr(self, name):
                 raise ValueError(f"`{name}`: {wrong or 'nothing'} given; choose from {', '.join(known)}.")
-        for name in ("num_beams", "max_new_tokens", "batch_size", "resamples", "num_outputs", "max_prompts"):
+        counts = (
+            "num_beams",
+            "max_new_tokens",
+            "batch_size",
+            "max_length",
+            "resamples",
+            "top_k",
+            "num_outputs",
+            "max_prompts",
+        )
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}={value}` must be at least 1.")
-        for name, largest in (("top_p", 1.0), ("typical_p", 1.0), ("temperature", None)):
+        if self.diversity_penalty < 0:
+            raise ValueError(f"`diversity_penalty={self.diversity_penalty}` must be at least 0 nats.")
+        for name, largest in (("top_p", 1.0), ("typical_p", 1.0), ("temperature", None), ("repetition_penalty", None)):
             value = getattr(self, name)
             if value <= 0 or (largest is not None and value > largest):
                 raise ValueError(f"`{name}={value}` must be above 0{'' if largest is None else ' and at most 1'}.")
