@@ -47,16 +47,18 @@ def train_baselines(adapter: str, config: Path, dataset: str | None, folder: Pat
             given["dataset_name"] = dataset
         return _train(folder / name, config, given)
 
+    def alpha(rank: int) -> int:
+        # The same scale at every rank; the command takes whole numbers only, and a saved adapter has 16.0.
+        return round(mine.lora_alpha * rank / r)
+
     def plain(rank: int, seed: int) -> dict[str, object]:
-        # The same scale at every rank.
-        alpha = round(mine.lora_alpha * rank / r)
-        return {"num_hypotheses": 1, "shared_r": 0, "lora_r": rank, "lora_alpha": alpha, "seed": seed}
+        return {"num_hypotheses": 1, "shared_r": 0, "lora_r": rank, "lora_alpha": alpha(rank), "seed": seed}
 
     seeds = [train(f"lora-r{r}/{k}", **plain(r, 42 + k)) for k in range(count)]
     whole = train(f"lora-r{total}", **plain(total, 42))
-    chance = train(
-        "random", num_hypotheses=count, shared_r=shared, lora_r=r, lora_alpha=mine.lora_alpha, objective="random"
-    )
+    # Clusters decide nothing where chance does.
+    by_chance = {"objective": "random", "seeding_fraction": 0}
+    chance = train("random", num_hypotheses=count, shared_r=shared, lora_r=r, lora_alpha=alpha(r), **by_chance)
     return [
         contender(f"lora r={r}", seeds[:1]),
         contender(f"lora r={total}", [whole]),

@@ -175,6 +175,9 @@ def test_baselines_are_trained_once(place, tmp_path, monkeypatch):
     # r = 4, K = 2: two seeds at rank 4, one at rank 8, one run with random winners.
     ranks = [command[command.index("--lora_r") + 1] for command in commands]
     assert ranks == ["4", "4", "8", "4"]
+    # As train_mcl.py reads them: a saved adapter has a float.
+    assert all(command[command.index("--lora_alpha") + 1].isdigit() for command in commands)
+    assert commands[-1][commands[-1].index("--seeding_fraction") + 1] == "0"
     assert [one.num_hypotheses for one in first] == [1, 1, 2, 2]
     assert baselines.train_baselines(*arguments) == first
     assert len(commands) == 4
