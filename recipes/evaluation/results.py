@@ -85,6 +85,8 @@ def measure(
         groups.setdefault((run.contender.name, run.decoder), []).append(run)
     first = settings.metrics[0]
     of_run = {key: [_scores(run, evidence, settings) for run in runs] for key, runs in groups.items()}
+    # Consensus compares all outputs in pairs: once for each run.
+    chosen = {key: _chosen([scores[first] for scores in of_run[key]], runs) for key, runs in groups.items()}
     found = [
         {
             "contender": name,
@@ -94,7 +96,7 @@ def measure(
             "beams": settings.num_beams * len(runs[0].rows[0]["outputs"]) if "beam" in decoder else None,
             "quality": _quality(of_run[name, decoder], runs, evidence, settings),
             "diversity": _diversity(runs, evidence, settings, embed),
-            "top1": _top1([scores[first] for scores in of_run[name, decoder]], runs, settings),
+            "top1": _top1([scores[first] for scores in of_run[name, decoder]], chosen[name, decoder], settings),
             "corpus": [_corpus(run, evidence) for run in runs],
             "best_of_mode": _best_of_mode(runs, rows, evidence, settings),
         }
@@ -107,8 +109,7 @@ def measure(
         if decoder == "greedy" and runs[0].contender.num_hypotheses == 1
     }
     for entry in found:
-        runs = groups[entry["contender"], entry["decoder"]]
-        tops = _chosen([scores[first] for scores in of_run[entry["contender"], entry["decoder"]]], runs)
+        tops = chosen[entry["contender"], entry["decoder"]]
         entry["top1_minus_greedy"] = {
             name: {
                 ranking: list(bootstrap_difference(values, alone, resamples=settings.resamples, seed=settings.seed))
@@ -230,9 +231,8 @@ def _chosen(of_seed: list[np.ndarray], runs: list[Run]) -> dict[str, np.ndarray]
     }
 
 
-def _top1(of_seed: list[np.ndarray], runs: list[Run], settings: Settings) -> dict[str, Any]:
+def _top1(of_seed: list[np.ndarray], chosen: dict[str, np.ndarray], settings: Settings) -> dict[str, Any]:
     """How good the chosen output is, between a random one (the mean of K) and the oracle's choice (the best of K)."""
-    chosen = _chosen(of_seed, runs)
     if not chosen:
         return {}
     whole = {
