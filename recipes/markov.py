@@ -48,7 +48,7 @@ from recipes.specialisation.files import Cell, cell_path, compute_missing, save_
 from recipes.specialisation.methods import METHODS as ALL_METHODS
 from recipes.specialisation.methods import Method
 from recipes.specialisation.report import spread
-from recipes.specialisation.tasks import TASKS, Task
+from recipes.specialisation.tasks import NEO_SINGLE, TASKS, Task
 from trainer_ext import MCLTrainer
 
 
@@ -60,9 +60,9 @@ SET_UPS = {
     "trained": TASKS["chains, trained base"],
 }
 METHODS = {
-    # One model at the rate of the hypotheses does not come near its optimum.
-    "lora": Method({"learning_rate": 3e-3}, plain=True),
+    "lora": Method(NEO_SINGLE, plain=True),
     **{name: ALL_METHODS[name] for name in ("wta", "annealed", "balanced", "random")},
+    **{name: ALL_METHODS[name] for name in ("wta, dropout", "wta, dropout in scores")},
     # Shares of a batch are not those of the chains, and need not be equal at all: here they cost next to nothing.
     "balanced, weakly": Method({"balance_strength": 0.05}),
     "balanced, tracked": Method({"target_shares": "tracked"}),

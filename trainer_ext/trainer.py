@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -399,11 +400,15 @@ class MCLTrainer(SavingTrainer):
             count = torch.tensor(len(calls), device=self.accelerator.device)
             most = int(self.accelerator.gather(count).max())
             calls = [ScoringCall([0] if part.can_select else None, 0)] * (most - len(calls)) + calls
-        with evaluation_mode(self.model):
+        with self._scoring_mode(is_training):
             scores = score_sequences(
                 model, self._positions, part, self._num_hypotheses, calls, self.args.pad_to_multiple_of
             )
         return scores[: len(sequences)], part.num_tokens[: len(sequences)]
+
+    def _scoring_mode(self, is_training: bool) -> AbstractContextManager[None]:
+        """The state of the model while it scores: without dropout, in training too. Experiments measure what noise would do."""
+        return evaluation_mode(self.model)
 
     def _trains_all_rows(self) -> bool:
         """Whether to run all rows with a graph at once, because scoring them first would save too little.

@@ -6,6 +6,7 @@ import os
 import resource
 import tempfile
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,8 @@ def trainer_of(
         training["max_steps"] = steps
     # Only what the trainer knows: a label must not reach it.
     columns = data["train"].remove_columns(task.label)
-    return MCLTrainer(
+    trainer = NoisyScores if method.noisy_scores else MCLTrainer
+    return trainer(
         model=base_model(task, seed, bases),
         args=MCLConfig(
             output_dir=tempfile.mkdtemp(dir=bases, prefix="run-"),
@@ -166,6 +168,13 @@ def train(
     }
 
 
+class NoisyScores(MCLTrainer):
+    """Chooses winners with the noise of dropout, to measure what that costs."""
+
+    def _scoring_mode(self, is_training: bool) -> AbstractContextManager[None]:
+        return nullcontext() if is_training else super()._scoring_mode(is_training)
+
+
 class Looks(TrainerCallback):
     """Compares winners with modes a few times during training."""
 
@@ -191,7 +200,7 @@ def base_model(task: Task, seed: int, bases: Path) -> Any:
     with FileLock(f"{merged}.lock"):
         if not merged.exists():
             first = replace(task, trained_base=False)
-            trainer = trainer_of(first, Method(plain=True), seed, first.data(seed), bases)
+            trainer = trainer_of(first, Method(task.base_training, plain=True), seed, first.data(seed), bases)
             trainer.train()
             # In float32: an update is lost in the rounding of bfloat16 weights.
             model = trainer.model.float().merge_and_unload()

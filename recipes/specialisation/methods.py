@@ -25,6 +25,7 @@ class Method:
     plain: bool = False
     separate: bool = False
     told: bool = False
+    noisy_scores: bool = False
 
 
 SHARED = {"shared_r": 32}
@@ -38,10 +39,13 @@ DROPOUT = {"lora_dropout": 0.1}
 
 METHODS = {
     "lora": Method(plain=True),
+    "lora, dropout": Method({}, DROPOUT, plain=True),
     "separate": Method(separate=True),
     "told the modes": Method(told=True),
     "random": Method({"objective": "random"}),
     "wta": Method({"objective": "wta"}),
+    "wta, dropout": Method({"objective": "wta"}, DROPOUT),
+    "wta, dropout in scores": Method({"objective": "wta"}, DROPOUT, noisy_scores=True),
     **{
         f"relaxed, {epsilon}": Method({"objective": "relaxed", "relaxed_epsilon": epsilon})
         for epsilon in (0.005, 0.05, 0.1, 0.2)
@@ -50,6 +54,7 @@ METHODS = {
     "annealed, a quarter": Method({**ANNEALED, "annealing_fraction": 0.25}),
     "annealed, all": Method({**ANNEALED, "annealing_fraction": 1.0}),
     "annealed, dropout": Method(ANNEALED, DROPOUT),
+    "annealed, dropout in scores": Method(ANNEALED, DROPOUT, noisy_scores=True),
     "wta + shared": Method({"objective": "wta"}, SHARED),
     "wta + shared + reviving": Method({"objective": "wta", "revive_after_steps": 10}, SHARED),
     "annealed + shared": Method(ANNEALED, SHARED),
@@ -57,8 +62,12 @@ METHODS = {
     "balanced + shared": Method({}, SHARED),
     "balanced + shared, shared_r = 8": Method({}, {"shared_r": 8}),
     "balanced + shared, r = 2": Method({}, {**SHARED, "r": 2}),
+    # With four hypotheses as many parameters in all as eight for each and 32 shared, most of them shared.
+    "balanced + shared, r = 4, shared_r = 48": Method({}, {"r": 4, "shared_r": 48}),
+    "balanced + shared, r = 2, shared_r = 56": Method({}, {"r": 2, "shared_r": 56}),
     "balanced + shared, r = 16": Method({}, {**SHARED, "r": 16}),
     "balanced + shared, dropout": Method({}, {**SHARED, **DROPOUT}),
+    "balanced + shared, dropout in scores": Method({}, {**SHARED, **DROPOUT}, noisy_scores=True),
     "balanced + shared, not seeded": Method(UNSEEDED, SHARED),
     "balanced + shared, strict": Method(STRICT, SHARED),
     "balanced + shared, not seeded, strict": Method({**UNSEEDED, **STRICT}, SHARED),

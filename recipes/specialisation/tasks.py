@@ -32,6 +32,7 @@ class Task:
         language: Whether each mode is a language, so that decoded text tells what a hypothesis has become.
         answers: Makes the held-out prompts with all their references, rows that share a prompt; None where nothing is decoded.
         trained_base: Merge one LoRA, trained on the same mixture, into the base model first.
+        base_training: Options of MCLConfig for that LoRA, besides those of `training`.
         chains: The Markov chains that the sequences are drawn from, if that is what the modes are.
         priors: How probable each of them is; `None`: all the same.
     """
@@ -47,6 +48,7 @@ class Task:
     language: bool = False
     answers: Callable[[], Dataset] | None = None
     trained_base: bool = False
+    base_training: dict[str, Any] = field(default_factory=dict)
     chains: tuple[markov.Chain, ...] = ()
     priors: tuple[float, ...] | None = None
 
@@ -130,6 +132,8 @@ NEO = {
     "bf16": False,
     "gradient_checkpointing": False,
 }
+# One model at the rate of the hypotheses does not come near its optimum.
+NEO_SINGLE = {"learning_rate": 3e-3}
 NEO_ADAPTER = {"lora_alpha": 64, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}
 
 
@@ -167,7 +171,7 @@ def _chains(
 ) -> Task:
     chains = markov.CHAINS[name]
     task = Task(title, _markov(chains, priors), _neo, "chain", num_hypotheses, 64, NEO_ADAPTER, NEO)
-    return replace(task, trained_base=trained_base, chains=chains, priors=priors)
+    return replace(task, trained_base=trained_base, base_training=NEO_SINGLE, chains=chains, priors=priors)
 
 
 TASKS = {

@@ -7,15 +7,19 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from datasets import Dataset
 
+from peft_mcl import MCLoraConfig
 from recipes.data import markov
-from recipes.specialisation.cells import run_cell
+from recipes.specialisation.cells import run_cell, trainer_of
 from recipes.specialisation.decode import contenders_of
 from recipes.specialisation.files import cell_path
 from recipes.specialisation.methods import METHODS
 from recipes.specialisation.report import report
 from recipes.specialisation.tasks import TASKS
+from trainer_ext import MCLConfig
+from trainer_ext.batches import SequenceBatch
 
 
 @pytest.fixture
@@ -68,9 +72,25 @@ def test_a_trained_base_is_kept(task, tmp_path):
     assert second["figures"] == first["figures"]
 
 
-def test_methods_name_options_that_exist(tmp_path):
-    assert "balanced + shared" in METHODS
-    assert sum(method.plain or method.separate or method.told for method in METHODS.values()) == 3
+@pytest.mark.parametrize("name", METHODS)
+def test_options_of_each_method_exist(tmp_path, name):
+    method = METHODS[name]
+    adapter = {"r": 8, "lora_alpha": 16, **method.adapter}
+    MCLConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **method.training)
+    MCLoraConfig(num_hypotheses=4, task_type="CAUSAL_LM", target_modules="all-linear", **adapter)
+
+
+@pytest.mark.parametrize("name", ["wta, dropout", "wta, dropout in scores"])
+def test_scores_have_noise_only_where_that_is_measured(task, tmp_path, name):
+    trainer = trainer_of(task, METHODS[name], 0, task.data(0), tmp_path)
+    # Before training the adapters are zero, with dropout or without.
+    trainer.train()
+    trainer.model.train()
+    batch = SequenceBatch(next(iter(trainer.get_train_dataloader())))
+    first, second = (trainer._score_part(trainer.model, batch, list(range(8)), is_training=True)[0] for _ in range(2))
+    assert torch.equal(first, second) == (name == "wta, dropout")
+    held_out = task.data(0)["test"].remove_columns("chain")
+    assert torch.equal(trainer.score(held_out).scores, trainer.score(held_out).scores)
 
 
 def test_kept_adapters_are_contenders(task, tmp_path):
