@@ -40,7 +40,8 @@ from recipes.evaluation.results import evaluate
 from recipes.evaluation.rows import read_rows
 from recipes.evaluation.runs import score_rows
 from recipes.evaluation.settings import Settings
-from recipes.generate import load_model, write_text
+from recipes.files import write_whole
+from recipes.generate import load_model
 from trainer_ext.evaluation import QUALITY_METRICS, agreement
 from trainer_ext.metrics import ScoreWindow
 
@@ -144,7 +145,7 @@ def likelihood(args: EvaluateArguments, dataset: Dataset) -> None:
         figures["agreement"] = agreement(dataset[args.mode_column], window.winners, window.scores.shape[1])
     show(figures)
     if args.output:
-        write_text(json.dumps(figures, indent=2) + "\n", Path(args.output))
+        write_whole(Path(args.output), json.dumps(figures, indent=2) + "\n")
 
 
 def score(adapter: str, dataset: Dataset, args: EvaluateArguments) -> ScoreWindow:

@@ -9,8 +9,7 @@ python recipes/generate.py --adapter user/my-adapter --prompts_file prompts.json
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,12 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser, get_quantization_config
 
+
+# Run by path, Python looks for `recipes` beside this file.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from peft_mcl import MCLoraConfig, rank_sequences  # also registers the adapter type
+from recipes.files import write_whole
 
 
 @dataclass
@@ -198,16 +202,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def write_jsonl(rows: list[dict[str, Any]], path: Path) -> None:
     """Write the rows to `path`, whole or not at all."""
-    write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, path)
-    path.chmod(0o644)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -43,8 +43,9 @@ from scipy.optimize import linear_sum_assignment
 from transformers import PrinterCallback, TrainerCallback
 
 from recipes.data import markov
+from recipes.files import save_plot, write_whole
 from recipes.specialisation.cells import cpu_seconds, measure, trainer_of
-from recipes.specialisation.files import Cell, cell_path, compute_missing, save_plot, write_whole
+from recipes.specialisation.files import Cell, cell_path, compute_missing
 from recipes.specialisation.methods import METHODS as ALL_METHODS
 from recipes.specialisation.methods import Method
 from recipes.specialisation.report import spread

@@ -8,6 +8,7 @@ python recipes/plot.py --run outputs/mcl --output outputs/mcl/training.png
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from trl import TrlParser
+
+
+# Run by path, Python looks for `recipes` beside this file.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from recipes.files import save_plot
 
 
 @dataclass
@@ -61,8 +68,7 @@ def main(args: PlotArguments) -> None:
         right.set_ylabel("temperature (nats per token)")
 
     path = Path(args.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_plot(figure, path)
     print(f"Wrote {path}")
 
 

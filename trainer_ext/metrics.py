@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from peft_mcl.card import CardFigures
@@ -58,14 +60,13 @@ class ScoreWindow:
         self._winners.clear()
 
 
-def win_weights(figures: CardFigures) -> list[float]:
-    """The weights of the hypotheses by their wins, for rankings: as if each had won one more, so that none is 0.
+def win_weights(wins: Sequence[float]) -> list[float]:
+    """The weights of the hypotheses by their wins, for mixtures and rankings: as if each had won one more, so that none is 0.
 
     With n_k wins of N sequences that is (n_k + 1) / (N + K), the mean of the posterior under a uniform prior (Laplace).
     """
-    shares = [share for name, share in figures.metrics.items() if name.startswith("win_share/")]
-    total = figures.num_sequences + len(shares)
-    return [(share * figures.num_sequences + 1) / total for share in shares]
+    total = sum(wins) + len(wins)
+    return [(count + 1) / total for count in wins]
 
 
 class WinWatch:

@@ -844,7 +844,9 @@ class MCLTrainer(SavingTrainer):
     def _keep_weights(self, figures: CardFigures) -> None:
         """Make the win shares the weights of the hypotheses, unless somebody else has set some since training began."""
         if self._adapter_config.hypothesis_weights == self._own_weights:
-            self._adapter_config.hypothesis_weights = self._own_weights = win_weights(figures)
+            shares = [figures.metrics[f"win_share/{k}"] for k in range(self._num_hypotheses)]
+            weights = win_weights([share * figures.num_sequences for share in shares])
+            self._adapter_config.hypothesis_weights = self._own_weights = weights
 
     def score(self, dataset: Dataset) -> ScoreWindow:
         """Score every sequence of a data set under every hypothesis, without training.

@@ -12,6 +12,8 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from recipes.files import save_plot
+
 
 MARKERS = "os^vDP*X<>"
 
@@ -43,8 +45,5 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("diversity of the K outputs (1 - mBLEU-4)")
         axes.set_ylabel(f"{metric}, {part} of K")
     panels[1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
+    save_plot(figure, path)
     plt.close(figure)

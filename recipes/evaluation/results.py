@@ -17,7 +17,7 @@ from recipes.evaluation.rows import prompts_and_references, text_of
 from recipes.evaluation.runs import Evidence, Run, collect, known_modes
 from recipes.evaluation.settings import Settings
 from recipes.evaluation.tables import markdown
-from recipes.generate import write_text
+from recipes.files import write_whole
 from trainer_ext.evaluation import (
     agreement,
     assignment_entropy,
@@ -54,8 +54,8 @@ def evaluate(contenders: list[Contender], rows: Dataset, settings: Settings) -> 
     evidence = collect(contenders, rows, settings)
     results = measure(evidence, rows, settings, embed)
     folder = settings.output_dir
-    write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", folder / "evaluation.json")
-    write_text(markdown(results), folder / "evaluation.md")
+    write_whole(folder / "evaluation.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_whole(folder / "evaluation.md", markdown(results))
     draw(results, folder / "evaluation.png")
     return results
 

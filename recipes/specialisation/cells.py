@@ -21,7 +21,7 @@ from recipes.specialisation.methods import METHODS, Method
 from recipes.specialisation.tasks import Task
 from trainer_ext import MCLConfig, MCLTrainer
 from trainer_ext.evaluation import agreement
-from trainer_ext.metrics import ScoreWindow, competition_metrics
+from trainer_ext.metrics import ScoreWindow, competition_metrics, win_weights
 
 
 # Below this part of the held-out sequences a hypothesis is dead.
@@ -224,9 +224,8 @@ def measure(test: ScoreWindow, validation: ScoreWindow, modes: list[str]) -> dic
     count = test.scores.shape[1]
     figures = competition_metrics(test.scores, test.num_tokens, test.winners)
     shares = [figures.pop(f"win_share/{k}") for k in range(count)]
-    wins = torch.bincount(validation.winners, minlength=count).double()
-    # One win more for each: a mixture must give every hypothesis some weight.
-    weights = (wins + 1) / (wins + 1).sum()
+    wins = torch.bincount(validation.winners, minlength=count)
+    weights = torch.tensor(win_weights(wins.tolist()), dtype=torch.float64)
     mixture = torch.logsumexp(test.scores.double() + weights.log(), dim=1)
     return {
         "figures": {**figures, "mixture_nll": -mixture.sum().item() / int(test.num_tokens.sum())},

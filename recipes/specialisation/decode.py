@@ -26,6 +26,7 @@ from recipes.evaluation.settings import Settings
 from recipes.specialisation.files import cell_path
 from recipes.specialisation.methods import METHODS
 from recipes.specialisation.tasks import TASKS, Task
+from trainer_ext.metrics import win_weights
 
 
 # What is decoded of a task unless the command says otherwise; the first is compared with each other.
@@ -84,11 +85,10 @@ def contenders_of(task: Task, methods: list[str], root: Path, steps: int | None)
 
 
 def weights_of(cell: dict[str, Any]) -> tuple[float, ...] | None:
-    """Win shares on the validation split at the end of training, one win more for each."""
+    """By the wins on the validation split at the end of training."""
     if not cell["looks"]:
         return None
-    wins = [sum(column) + 1 for column in zip(*cell["looks"][-1]["matrix"].values(), strict=True)]
-    return tuple(win / sum(wins) for win in wins)
+    return tuple(win_weights([sum(column) for column in zip(*cell["looks"][-1]["matrix"].values(), strict=True)]))
 
 
 def parse() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""The files of an experiment: one for each cell, computed once, and all of them written whole."""
+"""The result files of an experiment: one for each cell, computed once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from matplotlib.figure import Figure
+
+from recipes.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,3 @@ def cell_path(root: Path, group: str, method: str, seed: int, steps: int | None)
     """The result file of a cell."""
     name = method.replace(" + ", "+").replace(", ", "-").replace(" ", "-")
     return root / group.replace(" ", "-") / f"{name}{'' if steps is None else f'.{steps}-steps'}.seed{seed}.json"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, or leave what was there."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def save_plot(figure: Figure, path: Path) -> None:
-    """Write a picture, or leave what was there."""
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=110)
-    partial.replace(path)

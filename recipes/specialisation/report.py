@@ -15,8 +15,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from recipes.files import save_plot, write_whole
 from recipes.language import identify
-from recipes.specialisation.files import save_plot, write_whole
 from recipes.specialisation.methods import METHODS
 from recipes.specialisation.tasks import LANGUAGES, TASKS
 
