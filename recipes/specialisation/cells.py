@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from filelock import FileLock
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 
 from peft_mcl import MCLoraConfig
@@ -113,8 +114,7 @@ def trainer_of(
         training["max_steps"] = steps
     # Only what the trainer knows: a label must not reach it.
     columns = data["train"].remove_columns(task.label)
-    trainer = NoisyScores if method.noisy_scores else MCLTrainer
-    return trainer(
+    trainer = (NoisyScores if method.noisy_scores else MCLTrainer)(
         model=base_model(task, seed, bases),
         args=MCLConfig(
             output_dir=tempfile.mkdtemp(dir=bases, prefix="run-"),
@@ -130,6 +130,18 @@ def trainer_of(
         train_dataset=columns,
         peft_config=MCLoraConfig(num_hypotheses=count, **adapter),
     )
+    if method.one_a:
+        tie_a(trainer.model)
+    return trainer
+
+
+def tie_a(model: nn.Module) -> None:
+    """Let all hypotheses have one A: they begin with the first one's, and each gets the sum of all gradients."""
+    for name, parameter in model.named_parameters():
+        if "mclora_A" in name:
+            with torch.no_grad():
+                parameter.copy_(parameter[:1].expand_as(parameter))
+            parameter.register_hook(lambda gradient: gradient.sum(dim=0, keepdim=True).expand_as(gradient))
 
 
 def train(

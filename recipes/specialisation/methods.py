@@ -18,6 +18,8 @@ class Method:
         separate: K LoRAs with seeds of their own, each trained on all data as if it were alone.
         told: One LoRA for each mode, trained on the sequences of that mode alone, for its part of the steps: what hypotheses
             could be that knew the modes from the start.
+        noisy_scores: Leave dropout on while sequences are scored for training, which the trainer never does.
+        one_a: One A for all hypotheses and K different B, as no adapter of ours has it.
     """
 
     training: dict[str, Any] = field(default_factory=dict)
@@ -26,6 +28,7 @@ class Method:
     separate: bool = False
     told: bool = False
     noisy_scores: bool = False
+    one_a: bool = False
 
 
 SHARED = {"shared_r": 32}
@@ -59,6 +62,8 @@ METHODS = {
     "wta + shared + reviving": Method({"objective": "wta", "revive_after_steps": 10}, SHARED),
     "annealed + shared": Method(ANNEALED, SHARED),
     "balanced": Method(),
+    "balanced, one A": Method(one_a=True),
+    "balanced + shared, one A": Method({}, SHARED, one_a=True),
     "balanced + shared": Method({}, SHARED),
     "balanced + shared, shared_r = 8": Method({}, {"shared_r": 8}),
     "balanced + shared, r = 2": Method({}, {**SHARED, "r": 2}),

@@ -62,6 +62,16 @@ def test_a_cell(task, tmp_path, method):
     assert json.loads((tmp_path / "cells" / "results.json").read_text())[0]["figures"] == figures
 
 
+def test_one_a_for_all_hypotheses(task, tmp_path):
+    trainer = trainer_of(task, METHODS["balanced, one A"], 0, task.data(0), tmp_path)
+    stacks = {name: tensor for name, tensor in trainer.model.named_parameters() if tensor.requires_grad}
+    before = {name: tensor.detach().clone() for name, tensor in stacks.items()}
+    trainer.train()
+    for name, tensor in stacks.items():
+        assert not torch.equal(tensor, before[name])
+        assert torch.equal(tensor[0], tensor[1]) == ("mclora_A" in name)
+
+
 def test_a_trained_base_is_kept(task, tmp_path):
     trained = replace(task, trained_base=True)
     first = run_cell(trained, "balanced", seed=0, bases=tmp_path, keep=tmp_path / "kept")
