@@ -46,10 +46,10 @@ quickstart: setup
 	$(LAUNCH) recipes/train_mcl.py --config recipes/configs/quickstart.yaml \
 		--model_name_or_path "$$(cat .venv/model_dir)" --dataset_name "$$(cat .venv/data_dir)/train.jsonl" \
 		--output_dir $(OUT)/mcl
-	# One LoRA with as many parameters (r = 3 * 8 + 32) on the same data, for comparison.
+	# One LoRA with as many parameters (r = 3 * 2 + 56) on the same data, for comparison.
 	$(LAUNCH) recipes/train_mcl.py --config recipes/configs/quickstart.yaml \
 		--model_name_or_path "$$(cat .venv/model_dir)" --dataset_name "$$(cat .venv/data_dir)/train.jsonl" \
-		--num_hypotheses 1 --shared_r 0 --lora_r 56 --lora_alpha 112 --output_dir $(OUT)/lora
+		--num_hypotheses 1 --shared_r 0 --lora_r 62 --lora_alpha 124 --output_dir $(OUT)/lora
 	$(RUN) $(BIN)/python recipes/evaluate.py --adapter $(OUT)/mcl --baseline $(OUT)/lora --mode_column version \
 		--dataset_name "$$(cat .venv/data_dir)/test.jsonl" --max_sequences 360 --output $(OUT)/evaluation.json
 	$(RUN) $(BIN)/python recipes/plot.py --run $(OUT)/mcl --baseline $(OUT)/lora --output $(OUT)/training.png

@@ -4,8 +4,8 @@
 accelerate launch recipes/train_mcl.py \
     --model_name_or_path Qwen/Qwen3-0.6B \
     --dataset_name train.jsonl \
-    --num_hypotheses 3 --lora_r 8 --lora_alpha 16 --lora_target_modules all-linear \
-    --shared_r 32 --learning_rate 1e-3 --num_train_epochs 1 \
+    --num_hypotheses 3 --lora_r 2 --lora_alpha 4 --lora_target_modules all-linear \
+    --shared_r 56 --learning_rate 1e-3 --num_train_epochs 1 \
     --output_dir outputs/mcl
 ```
 

@@ -90,7 +90,9 @@ class MCLTrainer(SavingTrainer):
         model="Qwen/Qwen3-0.6B",
         args=MCLConfig(output_dir="out"),
         train_dataset=dataset,
-        peft_config=MCLoraConfig(num_hypotheses=3, shared_r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=MCLoraConfig(
+            num_hypotheses=3, r=2, shared_r=56, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
     )
     trainer.train()
     ```

@@ -20,7 +20,7 @@ DONE = "trained.json"
 
 
 def train_baselines(adapter: str, config: Path, dataset: str | None, folder: Path) -> list[Contender]:
-    """Train plain LoRA at rank r and at the rank of all hypotheses, K LoRAs with seeds of their own, and random winners.
+    """Train plain LoRA at the rank of one hypothesis (r + shared_r) and of all, K such LoRAs, and random winners.
 
     Args:
         adapter: The MCLORA adapter whose K, ranks and base model they get.
@@ -29,7 +29,7 @@ def train_baselines(adapter: str, config: Path, dataset: str | None, folder: Pat
         folder: Each baseline goes into a folder there. What was trained to its end is not trained again.
 
     Returns:
-        `list[Contender]`: The baselines. The LoRA at rank r is the first of the K.
+        `list[Contender]`: The baselines. The LoRA at the rank of one hypothesis is the first of the K, which have seeds of their own.
 
     Raises:
         ValueError: There is no such file, or a folder holds a baseline that was trained otherwise.
@@ -39,7 +39,7 @@ def train_baselines(adapter: str, config: Path, dataset: str | None, folder: Pat
         raise ValueError(f"`train_baselines`: there is no file {str(config)!r}.")
     mine = MCLoraConfig.from_pretrained(adapter)
     count, r, shared = mine.num_hypotheses, mine.r, mine.shared_r
-    total = count * r + shared
+    one, total = r + shared, count * r + shared
 
     def train(name: str, **options: object) -> str:
         given = {"model_name_or_path": mine.base_model_name_or_path, **options}
@@ -54,15 +54,15 @@ def train_baselines(adapter: str, config: Path, dataset: str | None, folder: Pat
     def plain(rank: int, seed: int) -> dict[str, object]:
         return {"num_hypotheses": 1, "shared_r": 0, "lora_r": rank, "lora_alpha": alpha(rank), "seed": seed}
 
-    seeds = [train(f"lora-r{r}/{k}", **plain(r, 42 + k)) for k in range(count)]
+    seeds = [train(f"lora-r{one}/{k}", **plain(one, 42 + k)) for k in range(count)]
     whole = train(f"lora-r{total}", **plain(total, 42))
     # Clusters decide nothing where chance does.
     by_chance = {"objective": "random", "seeding_fraction": 0}
     chance = train("random", num_hypotheses=count, shared_r=shared, lora_r=r, lora_alpha=alpha(r), **by_chance)
     return [
-        contender(f"lora r={r}", seeds[:1]),
+        contender(f"lora r={one}", seeds[:1]),
         contender(f"lora r={total}", [whole]),
-        contender(f"{count} seeds of lora r={r}", seeds),
+        contender(f"{count} seeds of lora r={one}", seeds),
         contender("random winners", [chance]),
     ]
 

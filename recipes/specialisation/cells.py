@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 
 from peft_mcl import MCLoraConfig
-from recipes.specialisation.methods import METHODS, Method
+from recipes.specialisation.methods import METHODS, SHARED, Method
 from recipes.specialisation.tasks import Task
 from trainer_ext import MCLConfig, MCLTrainer
 from trainer_ext.evaluation import agreement
@@ -31,8 +31,6 @@ DEAD_SHARE = 0.01
 LOOKS = 3
 DECODED_PROMPTS = 12
 DECODED_TOKENS = 32
-# One LoRA that is compared with K hypotheses gets, besides their ranks, that of a part that they may share.
-PLAIN_EXTRA = 32
 
 
 def run_cell(task: Task, name: str, seed: int, bases: Path, keep: Path, steps: int | None = None) -> dict[str, Any]:
@@ -101,11 +99,11 @@ def trainer_of(
     steps: int | None = None,
     r: int | None = None,
 ) -> MCLTrainer:
-    """The trainer of one run. One LoRA gets the total rank of the hypotheses, unless `r` is given."""
+    """The trainer of one run. One LoRA gets all ranks of hypotheses with a shared part together, unless `r` is given."""
     set_seed(seed)
     count = 1 if method.plain else task.num_hypotheses
     own = method.adapter.get("r", task.r)
-    rank = r or (task.num_hypotheses * own + PLAIN_EXTRA if method.plain else own)
+    rank = r or (task.num_hypotheses * SHARED["r"] + SHARED["shared_r"] if method.plain else own)
     adapter = {"task_type": "CAUSAL_LM", **task.adapter, **method.adapter, "r": rank}
     # The same scale at every rank.
     adapter["lora_alpha"] = task.adapter["lora_alpha"] * rank / task.r

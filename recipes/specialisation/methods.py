@@ -31,7 +31,8 @@ class Method:
     one_a: bool = False
 
 
-SHARED = {"shared_r": 32}
+# Most of the rank for what all learn, little for what tells them apart. With four hypotheses, 64 in all.
+SHARED = {"r": 2, "shared_r": 56}
 # What is recommended, less one thing, or with one more.
 UNSEEDED = {"seeding_fraction": 0.0}
 STRICT = {"balance_strength": math.inf}
@@ -65,12 +66,10 @@ METHODS = {
     "balanced, one A": Method(one_a=True),
     "balanced + shared, one A": Method({}, SHARED, one_a=True),
     "balanced + shared": Method({}, SHARED),
-    "balanced + shared, shared_r = 8": Method({}, {"shared_r": 8}),
-    "balanced + shared, r = 2": Method({}, {**SHARED, "r": 2}),
-    # With four hypotheses as many parameters in all as eight for each and 32 shared, most of them shared.
-    "balanced + shared, r = 4, shared_r = 48": Method({}, {"r": 4, "shared_r": 48}),
-    "balanced + shared, r = 2, shared_r = 56": Method({}, {"r": 2, "shared_r": 56}),
-    "balanced + shared, r = 16": Method({}, {**SHARED, "r": 16}),
+    **{
+        f"balanced + shared, r = {own}, shared_r = {shared}": Method({}, {"r": own, "shared_r": shared})
+        for own, shared in ((4, 48), (8, 32), (8, 8), (16, 32))
+    },
     "balanced + shared, dropout": Method({}, {**SHARED, **DROPOUT}),
     "balanced + shared, dropout in scores": Method({}, {**SHARED, **DROPOUT}, noisy_scores=True),
     "balanced + shared, not seeded": Method(UNSEEDED, SHARED),

@@ -47,7 +47,7 @@ def task(tmp_path, monkeypatch):
 def test_a_cell(task, tmp_path, method):
     found = run_cell(task, method, seed=0, bases=tmp_path, keep=tmp_path / "kept")
     assert found["hypotheses"] == (1 if method == "lora" else 2)
-    assert found["rank"] == {"lora": 160, "told the modes": 64}.get(method, 96)
+    assert found["rank"] == {"lora": 60, "told the modes": 64}.get(method, 58)
     figures = found["figures"]
     assert figures["wta_nll"] <= figures["mean_nll"] <= figures["worst_nll"]
     assert figures["wta_nll"] <= figures["mixture_nll"] <= figures["wta_nll"] + math.log(9) / 31
