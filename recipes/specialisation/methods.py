@@ -59,6 +59,7 @@ METHODS = {
     "annealed, all": Method({**ANNEALED, "annealing_fraction": 1.0}),
     "annealed, dropout": Method(ANNEALED, DROPOUT),
     "annealed, dropout in scores": Method(ANNEALED, DROPOUT, noisy_scores=True),
+    "random + shared": Method({"objective": "random"}, SHARED),
     "wta + shared": Method({"objective": "wta"}, SHARED),
     "wta + shared + reviving": Method({"objective": "wta", "revive_after_steps": 10}, SHARED),
     "annealed + shared": Method(ANNEALED, SHARED),
