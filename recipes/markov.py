@@ -63,7 +63,7 @@ SET_UPS = {
 METHODS = {
     "lora": Method(NEO_SINGLE, plain=True),
     **{name: ALL_METHODS[name] for name in ("wta", "annealed", "balanced", "random")},
-    **{name: ALL_METHODS[name] for name in ("wta, dropout", "wta, dropout in scores")},
+    **{name: ALL_METHODS[name] for name in ALL_METHODS if name.startswith(("relaxed, ", "annealed, ", "wta, "))},
     # Shares of a batch are not those of the chains, and need not be equal at all: here they cost next to nothing.
     "balanced, weakly": Method({"balance_strength": 0.05}),
     "balanced, tracked": Method({"target_shares": "tracked"}),
