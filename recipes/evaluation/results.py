@@ -87,6 +87,7 @@ def measure(
     of_run = {key: [_scores(run, evidence, settings) for run in runs] for key, runs in groups.items()}
     # Consensus compares all outputs in pairs: once for each run.
     chosen = {key: _chosen([scores[first] for scores in of_run[key]], runs) for key, runs in groups.items()}
+    by_mode = _references_by_mode(rows, evidence, settings)
     found = [
         {
             "contender": name,
@@ -98,7 +99,7 @@ def measure(
             "diversity": _diversity(runs, evidence, settings, embed),
             "top1": _top1([scores[first] for scores in of_run[name, decoder]], chosen[name, decoder], settings),
             "corpus": [_corpus(run, evidence) for run in runs],
-            "best_of_mode": _best_of_mode(runs, rows, evidence, settings),
+            "best_of_mode": _best_of_mode(runs, by_mode, settings),
         }
         for (name, decoder), runs in groups.items()
     ]
@@ -179,25 +180,33 @@ def _corpus(run: Run, evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def _best_of_mode(runs: list[Run], rows: Dataset, evidence: Evidence, settings: Settings) -> dict[str, Any]:
-    """The best of the K outputs against the references of one mode alone, for each known mode: does one lose?"""
-    modes = known_modes(rows, settings)
-    if modes is None:
-        return {}
-    found = {}
+def _references_by_mode(rows: Dataset, evidence: Evidence, settings: Settings) -> dict[str, dict[int, list[str]]]:
+    """For each known mode, the references of that mode alone by the places of the prompts that have any."""
+    modes = known_modes(rows, settings) or []
+    places = {json.dumps(prompt): place for place, prompt in enumerate(evidence.prompts)}
+    found: dict[str, dict[int, list[str]]] = {}
     for mode in sorted(set(modes)):
-        own = rows.select([place for place, label in enumerate(modes) if label == mode])
+        own = rows.select([row for row, label in enumerate(modes) if label == mode])
         prompts, references = prompts_and_references(own)
-        texts = dict(zip(map(json.dumps, prompts), references, strict=True))
-        known = [place for place, prompt in enumerate(evidence.prompts) if json.dumps(prompt) in texts]
-        if known:
-            wanted = [texts[json.dumps(evidence.prompts[place])] for place in known]
-            metric = settings.metrics[0]
-            parts = [
-                quality([run.rows[place]["outputs"] for place in known], wanted, [metric])[metric].max(axis=1)
-                for run in runs
-            ]
-            found[mode] = _interval(parts, settings)
+        told = {places.get(json.dumps(prompt)): texts for prompt, texts in zip(prompts, references, strict=True)}
+        found[mode] = {place: texts for place, texts in told.items() if place is not None}
+    return {mode: texts for mode, texts in found.items() if texts}
+
+
+def _best_of_mode(
+    runs: list[Run], by_mode: dict[str, dict[int, list[str]]], settings: Settings
+) -> dict[str, list[float] | None]:
+    """The best of the K outputs against the references of one mode alone, for each known mode: does one lose?"""
+    metric = settings.metrics[0]
+    found = {}
+    for mode, wanted in by_mode.items():
+        parts = [
+            quality([run.rows[place]["outputs"] for place in wanted], list(wanted.values()), [metric])[metric].max(
+                axis=1
+            )
+            for run in runs
+        ]
+        found[mode] = _interval(parts, settings)
     return found
 
 
