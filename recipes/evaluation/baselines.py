@@ -29,7 +29,8 @@ def train_baselines(adapter: str, config: Path, dataset: str | None, folder: Pat
         folder: Each baseline goes into a folder there. What was trained to its end is not trained again.
 
     Returns:
-        `list[Contender]`: The baselines. The LoRA at the rank of one hypothesis is the first of the K, which have seeds of their own.
+        `list[Contender]`: The baselines. The LoRA at the rank of one hypothesis is the first of the K, which have seeds of
+            their own.
 
     Raises:
         ValueError: There is no such file, or a folder holds a baseline that was trained otherwise.

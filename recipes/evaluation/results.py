@@ -188,9 +188,11 @@ def _references_by_mode(rows: Dataset, evidence: Evidence, settings: Settings) -
     for mode in sorted(set(modes)):
         own = rows.select([row for row, label in enumerate(modes) if label == mode])
         prompts, references = prompts_and_references(own)
-        told = {places.get(json.dumps(prompt)): texts for prompt, texts in zip(prompts, references, strict=True)}
-        found[mode] = {place: texts for place, texts in told.items() if place is not None}
-    return {mode: texts for mode, texts in found.items() if texts}
+        keys = map(json.dumps, prompts)
+        told = {places[key]: texts for key, texts in zip(keys, references, strict=True) if key in places}
+        if told:
+            found[mode] = told
+    return found
 
 
 def _best_of_mode(
