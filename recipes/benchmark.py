@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import io
 import json
 import math
 import multiprocessing
@@ -69,7 +68,12 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer, TrlParser
 
+
+# Run by path, Python looks for `recipes` beside this file.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from peft_mcl import MCLoraConfig
+from recipes.files import save_plot, write_whole
 from trainer_ext import MCLConfig, MCLTrainer
 
 
@@ -699,8 +703,8 @@ def number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def draw(training: list[dict[str, Any]], generation: list[dict[str, Any]]) -> bytes:
-    """The picture of all ratios by K, as PNG."""
+def draw(training: list[dict[str, Any]], generation: list[dict[str, Any]], path: Path) -> None:
+    """The picture of all ratios by K."""
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     titles = {
         "seconds": "time",
@@ -729,20 +733,8 @@ def draw(training: list[dict[str, Any]], generation: list[dict[str, Any]]) -> by
         axis.set_xticks(sorted({count for points in lines.values() for count, _ in points}))
         axis.set_ylim(bottom=0)
         axis.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
+    save_plot(figure, path)
     plt.close(figure)
-    return image.getvalue()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # --- the program ---
@@ -829,8 +821,8 @@ def main(args: BenchmarkArguments) -> None:
 
     setting = {"device": device, "torch": torch.__version__, "platform": platform.platform(), **asdict(args)}
     results = {"setting": setting, "training": training, "generation": generation, "targets": found}
-    write_whole(output, (json.dumps(results, indent=2) + "\n").encode())
-    write_whole(output.with_suffix(".png"), draw(training, generation))
+    write_whole(output, json.dumps(results, indent=2) + "\n")
+    draw(training, generation, output.with_suffix(".png"))
     console.print(f"Wrote {output} and {output.with_suffix('.png')}")
 
 

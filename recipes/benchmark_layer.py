@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+
+# Run by path, Python looks for `recipes` beside this file.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from peft_mcl.updates import gathered_update, segmented_update
+from recipes.files import write_whole
 
 
 Update = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[int]], torch.Tensor]
@@ -249,10 +255,9 @@ def main() -> None:
         console.print(table)
         console.print(summary(situation, cells))
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_suffix(".partial")
-    partial.write_text(json.dumps({"torch": torch.__version__, "threads": args.threads, "cells": cells}, indent=1))
-    os.replace(partial, args.output)
+    write_whole(
+        args.output, json.dumps({"torch": torch.__version__, "threads": args.threads, "cells": cells}, indent=1)
+    )
     console.print(f"Written to {args.output}.")
 
 

@@ -13,8 +13,8 @@ asks of the model trained without savings how often a prefix names another winne
 from __future__ import annotations
 
 import json
-import os
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -28,7 +28,12 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 from trl import TrlParser
 
+
+# Run by path, Python looks for `recipes` beside this file.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from peft_mcl import MCLoraConfig
+from recipes.files import write_whole
 from trainer_ext import MCLConfig, MCLTrainer
 
 
@@ -94,7 +99,7 @@ def main(args: SavingsArguments) -> None:
         trainer, figures["runs"][name] = run(name, train, test, args)
         if name == "all scores":
             figures["prefixes"] = wrong_winners(trainer, test)
-        write(figures, Path(args.output))
+        write_whole(Path(args.output), json.dumps(figures, indent=2) + "\n")
     show(figures)
 
 
@@ -180,13 +185,6 @@ def wrong_winners(trainer: MCLTrainer, test: Dataset) -> dict[str, float]:
         )
         found[str(count)] = (trainer.score(data).winners != whole.winners).float().mean().item()
     return found
-
-
-def write(figures: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def show(figures: dict[str, Any]) -> None:
