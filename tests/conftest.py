@@ -20,6 +20,12 @@ _HOME = tempfile.TemporaryDirectory(prefix="hub-home-")
 os.environ.update(_HUB.environment(_HOME.name))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: processes that share the files are done at about the same time then."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def hub() -> HubServer:
     """The Hub of this test run, which tests share: each takes repositories of its own names."""
