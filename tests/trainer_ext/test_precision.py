@@ -213,7 +213,7 @@ def test_a_hypothesis_that_overflows_does_not_win_and_does_not_poison_the_others
     for step in range(12):  # The row that has nothing to learn draws its winner from all of them, broken or not.
         broken.state.global_step = step
         autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-        with autocast, caplog.at_level(logging.WARNING, logger="trainer_ext.trainer"):
+        with autocast, caplog.at_level(logging.WARNING, logger="trainer_ext"):
             loss = loss_of(broken, batch)
         drawn.add(broken._winners[1].item())
         assert broken._winners[0] != BROKEN

@@ -462,7 +462,7 @@ def test_a_hypothesis_that_stopped_winning_is_named_once(tmp_path, caplog):
     model, data = won_by([0, 2])
     options = {"learning_rate": 0.0, "max_steps": 8, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     trainer = trainer_for(tmp_path, model=model, data=data, objective="wta", no_win_warning_steps=3, **options)
-    with caplog.at_level(logging.WARNING, logger="trainer_ext.trainer"):
+    with caplog.at_level(logging.WARNING, logger="trainer_ext"):
         trainer.train()
     assert logged(trainer, "win_share/1") == [0.0] * 8
     assert logged(trainer, "win_share/0") == logged(trainer, "win_share/2") == [0.5] * 8
@@ -477,7 +477,7 @@ def test_no_warning_where_there_is_nothing_to_warn_of(tmp_path, caplog, options)
     model, data = won_by([0, 2])
     defaults = {"objective": "wta", "no_win_warning_steps": 2, "learning_rate": 0.0, "max_steps": 5}
     trainer = trainer_for(tmp_path, model=model, data=data, per_device_train_batch_size=8, **{**defaults, **options})
-    with caplog.at_level(logging.WARNING, logger="trainer_ext.trainer"):
+    with caplog.at_level(logging.WARNING, logger="trainer_ext"):
         trainer.train()
     assert logged(trainer, "win_share/1") == [0.0] * 5
     assert no_win_messages(caplog) == []
@@ -487,7 +487,7 @@ def test_every_hypothesis_that_stopped_winning_is_named(tmp_path, caplog):
     model, data = won_by([1])
     options = {"learning_rate": 0.0, "max_steps": 4, "per_device_train_batch_size": 8, "no_win_warning_steps": 2}
     trainer = trainer_for(tmp_path, model=model, data=data, objective="relaxed", **options)
-    with caplog.at_level(logging.WARNING, logger="trainer_ext.trainer"):
+    with caplog.at_level(logging.WARNING, logger="trainer_ext"):
         trainer.train()
     assert sorted(message.split(" has")[0] for message in no_win_messages(caplog)) == ["Hypothesis 0", "Hypothesis 2"]
 
