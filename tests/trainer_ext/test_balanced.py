@@ -53,14 +53,18 @@ def spread_by_hand(rows):
     return math.sqrt(sum(centred) / ((count - 1) * (columns - 1)))
 
 
-def plan_by_hand(rows, targets, temperature):
-    """Sinkhorn's scaling of rows and columns in turn, in plain loops; returns softmax((z + v) / T) as a function of z."""
+def plan_by_hand(rows, targets, temperature, strength):
+    """Sinkhorn's scaling of rows and columns in turn, in plain loops; returns softmax((z + v) / T) as a function of z.
+
+    v is -strength log(share / target), and the share of a column is its scale, exp(v / T), times what follows from the others.
+    """
+    power = 1.0 if math.isinf(strength) else strength / (strength + temperature)
     kernel = [[math.exp((z - max(row)) / temperature) for z in row] for row in rows]
     scale = [1.0] * len(targets)
     for _ in range(3000):
         sums = [sum(k * s for k, s in zip(row, scale, strict=True)) for row in kernel]
         shares = [sum(row[j] / total for row, total in zip(kernel, sums, strict=True)) for j in range(len(targets))]
-        scale = [target * len(rows) / share for target, share in zip(targets, shares, strict=True)]
+        scale = [(target * len(rows) / share) ** power for target, share in zip(targets, shares, strict=True)]
 
     def weights(row):
         powers = [math.exp((z - max(row)) / temperature) * s for z, s in zip(row, scale, strict=True)]
@@ -85,9 +89,10 @@ def steps_by_hand(model, batches, accumulation, options, remembered):
         seen = seen + rows if remembered else rows
         temperature = max(options["initial_temperature"] * decay**step, options["final_temperature"])
         is_final = temperature <= options["final_temperature"] * (1 + 1e-6)
-        temperature *= spread_by_hand(seen)
+        unit = spread_by_hand(seen)
+        temperature *= unit
         targets = options.get("target_shares", [1 / 3] * 3)
-        balanced = plan_by_hand(seen, targets if options["objective"] == "balanced" else None, temperature)
+        balanced = plan_by_hand(seen, targets, temperature, options["balance_strength"] * unit)
         weights = [[balanced(row) for row in part] for part, _ in own]
         if is_final:
             weights = [[[float(w == max(row)) for w in row] for row in part] for part in weights]
@@ -99,8 +104,12 @@ def steps_by_hand(model, batches, accumulation, options, remembered):
 @pytest.mark.parametrize("normalization", ["token", "sequence"])
 @pytest.mark.parametrize(
     ("options", "remembered"),
-    [({"balance_queue": 0}, False), ({"balance_queue": 1000, "target_shares": [0.5, 0.3, 0.2]}, True)],
-    ids=["step alone", "with a queue"],
+    [
+        ({"balance_queue": 0}, False),
+        ({"balance_queue": 1000, "target_shares": [0.5, 0.3, 0.2]}, True),
+        ({"balance_queue": 1000, "target_shares": [0.5, 0.3, 0.2], "balance_strength": 2.0}, True),
+    ],
+    ids=["step alone", "with a queue", "at a price"],
 )
 def test_gradients_of_balanced_steps(tmp_path, accumulation, normalization, options, remembered):
     temperatures = {"initial_temperature": 2.0, "final_temperature": 0.5}
