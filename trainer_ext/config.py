@@ -53,7 +53,8 @@ class MCLConfig(SFTConfig):
         target_shares (`str` or `list[float]`, *optional*): Of `"balanced"`: the part of the sequences that each hypothesis gets.
             `"clusters"` (the default): the shares of the clusters that the hypotheses began with, equal ones without seeding, a twentieth of
             the way towards equal ones; `"tracked"`: the shares that they would get without balancing, a fifth of the way;
-            `"uniform"`; or K numbers above 0.
+            `"uniform"`; or K numbers above 0. A base model that knows nothing of the data (a random one) has clusters that mean
+            nothing, and hypotheses would keep their shares: take `"tracked"`, or the objective `"wta"`.
         balance_strength (`float`): Of `"balanced"`, above 0, in units of `temperature_unit`: how much better a hypothesis must
             be to get e times its share (see `transport.share_offsets`). Infinity: the shares are kept whatever it costs.
         balance_queue (`int`, *optional*): Of `"balanced"` and the unit `"spread"`: how many sequences before those of a step
