@@ -733,7 +733,7 @@ def test_perturbed_copies(tmp_path: Path):
         ({"perturbation": float("nan")}, "`perturbation` must be a number of at least 0, got nan"),
         ({"perturbation": True}, "`perturbation` must be a number of at least 0, got True"),
         ({"adapter": "dora"}, "dora uses use_dora; only plain LoRA"),
-        ({"base": tiny_gpt2}, "(?s)do not fit the base model:.*Target modules"),
+        pytest.param({"base": tiny_gpt2}, "(?s)do not fit the base model:.*Target modules", id="another base"),
     ],
     ids=str,
 )

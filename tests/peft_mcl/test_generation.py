@@ -241,7 +241,8 @@ def test_subset_and_order(hypotheses: Any, chosen: list[int]):
 @pytest.mark.parametrize(
     "hypotheses",
     [
-        3, -1, True, 1.0, "some", "1", [], (), [0, 3], [-1], [0, 1.5], [True], ["all"], [None], [[0]], {0, 1}, {}, object(),
+        3, -1, True, 1.0, "some", "1", [], (), [0, 3], [-1], [0, 1.5], [True], ["all"], [None], [[0]], {0, 1}, {},
+        pytest.param(object(), id="object"),
         np.array([0, 1]), torch.tensor(1), torch.tensor([[0]]), torch.tensor([0.0]), torch.tensor([True]), torch.tensor([3]), torch.tensor([]),
     ],
     ids=repr,
