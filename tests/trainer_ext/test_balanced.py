@@ -53,7 +53,7 @@ def spread_by_hand(rows):
     return math.sqrt(sum(centred) / ((count - 1) * (columns - 1)))
 
 
-def plan_by_hand(rows, targets, temperature, strength):
+def plan_by_hand(rows, targets, temperature, strength=math.inf):
     """Sinkhorn's scaling of rows and columns in turn, in plain loops; returns softmax((z + v) / T) as a function of z.
 
     v is -strength log(share / target), and the share of a column is its scale, exp(v / T), times what follows from the others.
