@@ -28,11 +28,6 @@ logger = logging.getLogger(__name__)
 class ReportingTrainer(SavingTrainer):
     """A trainer that reports how its hypotheses fare, and keeps their win shares in the adapter."""
 
-    # Metrics of the training sequences since the last log, and of the last evaluation.
-    _train_window: ScoreWindow
-    _eval_window: ScoreWindow
-    # For the model card: what was last measured in training and on each evaluation set.
-    figures: dict[str, CardFigures]
     # The hypothesis weights that may be replaced by win shares; others are a user's.
     _own_weights: list[float] | None = None
 
@@ -42,8 +37,10 @@ class ReportingTrainer(SavingTrainer):
 
     def _forget_reports(self) -> None:
         """Begin anew, as for a new run."""
+        # Metrics of the training sequences since the last log, and of the last evaluation.
         self._train_window, self._eval_window = ScoreWindow(), ScoreWindow()
-        self.figures = {}
+        # For the model card: what was last measured in training and on each evaluation set.
+        self.figures: dict[str, CardFigures] = {}
         self._was_evaluated = False
         self._wins: WinWatch | None = None
         self._reported_broken: set[int] = set()
