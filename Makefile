@@ -1,6 +1,6 @@
 # make quickstart   set up, then train, evaluate and decode three hypotheses on real text (2 CPU cores: 20 minutes)
 # make test         set up, then lint, types and all tests
-# make test-long    more tests of the same kinds (resuming under ZeRO-1 and 2)
+# make test-long    more tests of the same kinds (resuming under ZeRO-1 and 2, compiled relaxed winners)
 # make lint         lint and types alone
 # make long-run     2,000 steps of a tiny model: memory, pace, win shares (2 minutes)
 # make faults       set up, then inject faults into real runs and rewrite docs/faults.md (2 CPU cores: about 25 minutes; as root)

@@ -1,6 +1,8 @@
 """What the tests of kill -9 start: a whole run for comparison, and one that ends at once in the middle or goes on after that.
 
 torchrun --nproc_per_node 2 tests/trainer_ext/killed_run.py OUTPUT_DIR between|during|not
+
+What is started first in a directory makes the whole run, too.
 """
 
 from __future__ import annotations
@@ -71,10 +73,12 @@ def logs(trainer: MCLTrainer) -> list[dict[str, float]]:
 
 def main() -> None:
     root, phase = Path(sys.argv[1]), sys.argv[2]
-    if phase == "between":
+    is_first = not (root / "whole.json").exists()
+    if is_first:
         whole = make(root / "whole")
         whole.train()
-        (root / "whole.json").write_text(json.dumps(logs(whole)))
+        if whole.is_world_process_zero():
+            (root / "whole.json").write_text(json.dumps(logs(whole)))
     trainer = make(root / "cut", callbacks=[KillBetween()] if phase == "between" else None)
     if phase == "during":
         save = trainer._save_rng_state
@@ -86,7 +90,7 @@ def main() -> None:
                 kill()
 
         trainer._save_rng_state = save_and_die
-    trainer.train(resume_from_checkpoint=phase != "between")
+    trainer.train(resume_from_checkpoint=not is_first)
     if trainer.is_world_process_zero():
         (root / "cut.json").write_text(json.dumps(logs(trainer)))
     if torch.distributed.is_initialized():

@@ -1162,7 +1162,7 @@ class CompiledGraphs(TrainerCallback):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["wta", "relaxed"])
+@pytest.mark.parametrize("objective", ["wta", pytest.param("relaxed", marks=pytest.mark.long)])
 def test_a_compiled_model_is_not_compiled_anew_for_each_batch(tmp_path, objective):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
