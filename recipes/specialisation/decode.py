@@ -79,8 +79,9 @@ def contenders_of(task: Task, methods: list[str], root: Path, steps: int | None)
             parts = sorted(part for part in kept.iterdir() if part.is_dir())
             one = contender(method, [str(part) for part in parts] or [str(kept)])
             found.append(replace(one, weights=weights_of(cell) or one.weights))
-            if method == "separate":
-                found.append(contender(f"lora, r = {task.r}", [str(parts[0])]))
+            if METHODS[method].separate:
+                rank = METHODS[method].adapter.get("r", task.r)
+                found.append(contender(f"lora, r = {rank}", [str(parts[0])]))
     return found
 
 

@@ -45,6 +45,8 @@ METHODS = {
     "lora": Method(plain=True),
     "lora, dropout": Method({}, DROPOUT, plain=True),
     "separate": Method(separate=True),
+    # Each with as many ranks as one hypothesis has with the shared part.
+    "separate, r = 58": Method({}, {"r": SHARED["r"] + SHARED["shared_r"]}, separate=True),
     "told the modes": Method(told=True),
     "random": Method({"objective": "random"}),
     "wta": Method({"objective": "wta"}),
