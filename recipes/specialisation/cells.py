@@ -74,11 +74,11 @@ def train_apart(
     task: Task, method: Method, seed: int, data: dict[str, Dataset], bases: Path, keep: Path, steps: int | None
 ) -> list[dict[str, Any]]:
     """One LoRA after the other: with seeds of their own on all data, or one for each mode."""
-    plain = Method(plain=True)
+    plain, rank = Method(plain=True), method.adapter.get("r", task.r)
     if method.separate:
         seeds = [seed * 100 + k for k in range(task.num_hypotheses)]
         return [
-            train(task, plain, one, data, bases, keep / str(place), steps, r=task.r) for place, one in enumerate(seeds)
+            train(task, plain, one, data, bases, keep / str(place), steps, r=rank) for place, one in enumerate(seeds)
         ]
     modes = sorted(set(data["train"][task.label]))
     part = (steps or task.training["max_steps"]) // len(modes)
@@ -86,7 +86,7 @@ def train_apart(
     for place, mode in enumerate(modes):
         rows = data["train"]
         own = rows.select([row for row, label in enumerate(rows[task.label]) if label == mode])
-        found.append(train(task, plain, seed, {**data, "train": own}, bases, keep / str(place), part, r=task.r))
+        found.append(train(task, plain, seed, {**data, "train": own}, bases, keep / str(place), part, r=rank))
     return found
 
 

@@ -43,7 +43,9 @@ def task(tmp_path, monkeypatch):
     return replace(found, data=data, training=training, model=lambda seed: str(markov.random_neo(seed)))
 
 
-@pytest.mark.parametrize("method", ["lora", "told the modes", "balanced + shared", "balanced + shared + together"])
+@pytest.mark.parametrize(
+    "method", ["lora", "told the modes", "separate, r = 58", "balanced + shared", "balanced + shared + together"]
+)
 def test_a_cell(task, tmp_path, method):
     found = run_cell(task, method, seed=0, bases=tmp_path, keep=tmp_path / "kept")
     assert found["hypotheses"] == (1 if method == "lora" else 2)
