@@ -74,19 +74,16 @@ def train_apart(
     task: Task, method: Method, seed: int, data: dict[str, Dataset], bases: Path, keep: Path, steps: int | None
 ) -> list[dict[str, Any]]:
     """One LoRA after the other: with seeds of their own on all data, or one for each mode."""
-    plain, rank = Method(plain=True), method.adapter.get("r", task.r)
     if method.separate:
         seeds = [seed * 100 + k for k in range(task.num_hypotheses)]
-        return [
-            train(task, plain, one, data, bases, keep / str(place), steps, r=rank) for place, one in enumerate(seeds)
-        ]
+        return [train(task, method, one, data, bases, keep / str(place), steps) for place, one in enumerate(seeds)]
     modes = sorted(set(data["train"][task.label]))
     part = (steps or task.training["max_steps"]) // len(modes)
     found = []
     for place, mode in enumerate(modes):
         rows = data["train"]
         own = rows.select([row for row, label in enumerate(rows[task.label]) if label == mode])
-        found.append(train(task, plain, seed, {**data, "train": own}, bases, keep / str(place), part, r=rank))
+        found.append(train(task, method, seed, {**data, "train": own}, bases, keep / str(place), part))
     return found
 
 
@@ -99,9 +96,12 @@ def trainer_of(
     steps: int | None = None,
     r: int | None = None,
 ) -> MCLTrainer:
-    """The trainer of one run. One LoRA gets all ranks of hypotheses with a shared part together, unless `r` is given."""
+    """The trainer of one run: all hypotheses, or one LoRA.
+
+    A `plain` LoRA gets all ranks of hypotheses with a shared part together, unless `r` is given.
+    """
     set_seed(seed)
-    count = 1 if method.plain else task.num_hypotheses
+    count = 1 if method.plain or method.separate or method.told else task.num_hypotheses
     own = method.adapter.get("r", task.r)
     rank = r or (task.num_hypotheses * SHARED["r"] + SHARED["shared_r"] if method.plain else own)
     adapter = {"task_type": "CAUSAL_LM", **task.adapter, **method.adapter, "r": rank}
@@ -150,10 +150,9 @@ def train(
     bases: Path,
     keep: Path,
     steps: int | None = None,
-    r: int | None = None,
 ) -> dict[str, Any]:
     """One run of the trainer, the held-out scores, and what each hypothesis decodes."""
-    trainer = trainer_of(task, method, seed, data, bases, steps, r)
+    trainer = trainer_of(task, method, seed, data, bases, steps)
     trainer.remove_callback(PrinterCallback)
     held_out = {split: data[split].remove_columns(task.label) for split in ("validation", "test")}
     looks = Looks(trainer, held_out["validation"], data["validation"][task.label])

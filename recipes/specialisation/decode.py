@@ -80,8 +80,7 @@ def contenders_of(task: Task, methods: list[str], root: Path, steps: int | None)
             one = contender(method, [str(part) for part in parts] or [str(kept)])
             found.append(replace(one, weights=weights_of(cell) or one.weights))
             if METHODS[method].separate:
-                rank = METHODS[method].adapter.get("r", task.r)
-                found.append(contender(f"lora, r = {rank}", [str(parts[0])]))
+                found.append(contender(f"lora, r = {cell['rank']}", [str(parts[0])]))
     return found
 
 

@@ -20,6 +20,8 @@ def test_benchmark_of_a_model_of_ones_own(workplace, tmp_path):  # noqa: F811
         *(
             "--variants",
             "wta",
+            "relaxed",
+            "joint",
             "loop",
             "--length",
             "8",
@@ -38,12 +40,12 @@ def test_benchmark_of_a_model_of_ones_own(workplace, tmp_path):  # noqa: F811
     assert result.returncode == 0, result.stderr
     found = json.loads(output.read_text())
     rows = {(row["hypotheses"], row["variant"]): row for row in found["training"]}
-    assert set(rows) == {(2, name) for name in ("lora", "wta", "loop")}
+    assert set(rows) == {(2, name) for name in ("lora", "wta", "relaxed", "joint", "loop")}
     assert set(benchmark.VARIANTS) > {name for _, name in rows}
     assert all(row["seconds"] > 0 and row["saved_mb"] > 0 for row in rows.values())
     assert rows[2, "lora"]["ratios"]["seconds"] == 1.0
     # What is kept for backward does not depend on the clock: two graphs, or one.
-    for name, copies in {"loop": 2, "wta": 1}.items():
+    for name, copies in {"loop": 2, "joint": 2, "relaxed": 2, "wta": 1}.items():
         assert rows[2, name]["ratios"]["saved_mb"] == pytest.approx(copies, rel=0.15), name
     assert found["generation"][0]["equal_sequences"] == 2
     assert output.with_suffix(".png").stat().st_size > 0

@@ -43,7 +43,7 @@ def command(kind, root):
 def test_killed_runs_go_on(kind, tmp_path):
     # Sharded runs take long to start.
     for phase in ("between", "during", "not") if kind in ("one process", "ddp") else ("during", "not"):
-        # The last sees what the second left: a half-written checkpoint of step 6, which is newer than the whole one of step 4.
+        # The last sees what the one before it left: a half-written checkpoint of step 6, which is newer than the whole one of step 4.
         finished = finish([*command(kind, tmp_path), str(tmp_path), phase], timeout=240)
         assert (finished.returncode == 0) == (phase == "not"), finished.stderr[-3000:]
         if phase == "during":
