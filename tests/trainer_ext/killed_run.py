@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, set_seed
 
+from tests.trainer_ext.leaving import leave
 from tests.trainer_ext.reference import hypotheses, ragged_pairs, trainer_for
 from trainer_ext import MCLTrainer
 
@@ -93,9 +93,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=not is_first)
     if trainer.is_world_process_zero():
         (root / "cut.json").write_text(json.dumps(logs(trainer)))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

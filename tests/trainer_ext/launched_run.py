@@ -14,6 +14,7 @@ import torch
 from transformers import BitsAndBytesConfig, set_seed
 
 from tests.tiny import tiny_llama
+from tests.trainer_ext.leaving import leave
 from tests.trainer_ext.reference import hypotheses, ragged_pairs, trainer_for
 
 
@@ -131,8 +132,7 @@ def main() -> None:
     found = {case: run(case, root, per_device_train_batch_size=batch_size) for case in cases}
     rank = torch.distributed.get_rank()
     (root / f"process_{rank}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

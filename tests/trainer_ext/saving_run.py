@@ -8,8 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
+from tests.trainer_ext.leaving import leave
 from tests.trainer_ext.reference import trainer_for
 
 
@@ -28,5 +27,4 @@ if __name__ == "__main__":
     assert trainer.accelerator.num_processes == 2
     trainer.train()
     trainer.push_to_hub()
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()

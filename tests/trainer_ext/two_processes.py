@@ -13,6 +13,7 @@ import torch
 from transformers import set_seed
 
 import trainer_ext.trainer as trainer_module
+from tests.trainer_ext.leaving import leave
 from tests.trainer_ext.reference import (
     Gradients,
     RecordingCollator,
@@ -151,8 +152,7 @@ def main() -> None:
     root = Path(sys.argv[1])
     found = {case: run(case, root / "out") for case in CASES}
     torch.save(found, root / f"process_{torch.distributed.get_rank()}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
