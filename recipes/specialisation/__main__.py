@@ -36,6 +36,9 @@ def main() -> None:
     bases.mkdir(parents=True, exist_ok=True)
     cells = []
     for seed, task, method in itertools.product(arguments.seeds, arguments.tasks, arguments.methods):
+        if "group_column" in METHODS[method].training and not TASKS[task].grouped:
+            print(f"{task}, {method}: left out, as a prompt has one reference there, so nothing to match.")
+            continue
         path = cell_path(root, task, method, seed, arguments.steps)
         run = partial(run_cell, TASKS[task], method, seed, bases, path.with_suffix(""), arguments.steps)
         cells.append(Cell(f"{task}, {method}, seed {seed}", path, run))

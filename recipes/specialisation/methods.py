@@ -39,6 +39,8 @@ STRICT = {"balance_strength": math.inf}
 TOGETHER = {"together_fraction": 0.2, "annealing_fraction": 0.6}
 ALIKE = {"init_perturbation": 0.1}
 ANNEALED = {"objective": "annealed", "initial_temperature": 0.5, "final_temperature": 1e-3}
+# Where the references of a prompt share a `group`.
+MATCHING = {"group_column": "group"}
 DROPOUT = {"lora_dropout": 0.1}
 
 METHODS = {
@@ -81,4 +83,6 @@ METHODS = {
     "balanced + shared, uniform": Method({"target_shares": "uniform"}, SHARED),
     "balanced + shared, tracked": Method({"target_shares": "tracked"}, SHARED),
     "balanced + shared + together": Method(TOGETHER, {**SHARED, **ALIKE}),
+    "wta + shared + matching": Method({"objective": "wta", **MATCHING}, SHARED),
+    "balanced + shared + matching": Method(MATCHING, SHARED),
 }

@@ -35,6 +35,7 @@ class Task:
         base_training: Options of MCLConfig for that LoRA, besides those of `training`.
         chains: The Markov chains that the sequences are drawn from, if that is what the modes are.
         priors: How probable each of them is; `None`: all the same.
+        grouped: Whether prompts have several references in training, in rows that follow each other and share a `group`.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Task:
     base_training: dict[str, Any] = field(default_factory=dict)
     chains: tuple[markov.Chain, ...] = ()
     priors: tuple[float, ...] | None = None
+    grouped: bool = False
 
 
 # As in the quickstart; short enough for two CPU cores.
@@ -71,15 +73,20 @@ def _read(folder: Path, label: str, sizes: dict[str, int]) -> dict[str, Dataset]
     return {name: _rows(folder / f"{name}.jsonl", label, sizes.get(name)) for name in ("train", "validation", "test")}
 
 
-def _rows(path: Path, label: str, most: int | None = None) -> Dataset:
+def _rows(path: Path, label: str, most: int | None = None, grouped: bool = False) -> Dataset:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:most]
-    return Dataset.from_list([{key: row[key] for key in ("prompt", "completion", label)} for row in rows])
+    columns = ["prompt", "completion", label, *(["group"] if grouped else [])]
+    return Dataset.from_list([{key: row[key] for key in columns} for row in rows])
 
 
-def _debian(languages: tuple[str, ...] = LANGUAGES, weights: tuple[float, ...] | None = None) -> Any:
+def _debian(
+    languages: tuple[str, ...] = LANGUAGES, weights: tuple[float, ...] | None = None, grouped: bool = False
+) -> Any:
     def data(seed: int) -> dict[str, Dataset]:
         folder = debian.prepare_dataset(languages, weights, seed)
-        return _read(folder, "language", {"validation": 64, "test": 320})
+        found = _read(folder, "language", {"validation": 64, "test": 320})
+        # Held-out prompts keep one reference each, so that figures can be compared.
+        return {**found, "train": _rows(folder / "train_all.jsonl", "language", grouped=True)} if grouped else found
 
     return data
 
@@ -138,10 +145,15 @@ NEO_ADAPTER = {"lora_alpha": 64, "target_modules": ["q_proj", "k_proj", "v_proj"
 
 
 def _languages(
-    name: str, num_hypotheses: int = 4, steps: int = 300, trained_base: bool = False, **setting: Any
+    name: str,
+    num_hypotheses: int = 4,
+    steps: int = 300,
+    trained_base: bool = False,
+    grouped: bool = False,
+    **setting: Any,
 ) -> Task:
     training = {**SMOLLM2, "max_steps": steps}
-    data = _debian(**setting)
+    data = _debian(grouped=grouped, **setting)
     return Task(
         name,
         data,
@@ -154,6 +166,7 @@ def _languages(
         language=True,
         answers=_debian_answers,
         trained_base=trained_base,
+        grouped=grouped,
     )
 
 
@@ -178,6 +191,7 @@ TASKS = {
     task.name: task
     for task in [
         _languages("languages"),
+        _languages("languages, all references", grouped=True),
         _styles("styles"),
         *(_styles(f"styles, {count} hypotheses", count) for count in (2, 5, 8)),
         _languages("unequal languages", weights=(0.7, 0.1, 0.1, 0.1)),

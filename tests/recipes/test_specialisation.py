@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from peft_mcl import MCLoraConfig
 from recipes.data import markov
+from recipes.specialisation.__main__ import main
 from recipes.specialisation.cells import run_cell, trainer_of
 from recipes.specialisation.decode import contenders_of
 from recipes.specialisation.files import cell_path
@@ -118,3 +119,25 @@ def test_kept_adapters_are_contenders(task, tmp_path):
     wins = [sum(column) for column in zip(*cells["balanced + shared"]["looks"][-1]["matrix"].values(), strict=True)]
     assert found[0].weights == pytest.approx([(win + 1) / (sum(wins) + 2) for win in wins])
     assert found[1].weights == (0.5, 0.5)
+
+
+def test_references_of_a_prompt_are_matched(task, tmp_path):
+    rows = task.data(0)["train"]
+    rows = rows.add_column("group", [row // 2 for row in range(len(rows))])
+    trainer = trainer_of(task, METHODS["wta + shared + matching"], 0, {"train": rows}, tmp_path)
+    trainer.train()
+    inputs = next(iter(trainer.get_train_dataloader()))
+    batch = SequenceBatch(inputs)
+    weights, groups = trainer._plan_step([inputs]).take(batch.keys), batch.groups
+    assert sorted(groups.tolist()) == sorted(2 * groups.unique().tolist())
+    # Two references and two hypotheses: one each.
+    for group in groups.unique():
+        assert weights[groups == group].sum(dim=0).tolist() == [1.0, 1.0]
+
+
+def test_nothing_is_matched_where_prompts_have_one_reference(tmp_path, monkeypatch, capsys):
+    command = ["--tasks", "chains 1", "--methods", "wta + shared + matching", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["specialisation", *command])
+    main()
+    assert "chains 1, wta + shared + matching: left out" in capsys.readouterr().out
+    assert not [*tmp_path.rglob("*.json")]
