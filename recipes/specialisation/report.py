@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 def draw(task: str, cells: list[dict[str, Any]], path: Path) -> None:
     """Purity against the likelihood of the mixture, and how purity grows."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.2), layout="constrained")
     methods = sorted({cell["method"] for cell in cells})
     colours = plt.get_cmap("tab20")(np.linspace(0, 1, max(len(methods), 2)))
     for method, colour in zip(methods, colours, strict=False):
@@ -109,10 +110,11 @@ def draw(task: str, cells: list[dict[str, Any]], path: Path) -> None:
                 right.plot([look["step"] for look in looks], [look["purity"] for look in looks], color=colour)
     left.set_xlabel("NLL of the mixture (nats per token, held out)")
     left.set_ylabel("purity (held out)")
-    left.legend(fontsize=7)
     right.set_xlabel("optimizer step")
     right.set_ylabel("purity (validation)")
     left.set_title(task)
+    # Beside the plots, where it hides no point.
+    figure.legend(loc="outside right upper", fontsize=7)
     save_plot(figure, path)
     plt.close(figure)
 
@@ -138,7 +140,7 @@ def draw_winners(task: str, cells: list[dict[str, Any]], path: Path) -> None:
             place.set_yticks(range(len(counts)), list(look["matrix"]), fontsize=7)
             place.set_xticks(range(counts.shape[1]))
             place.set_title(f"step {look['step']}", fontsize=8)
-        row[0].set_ylabel(method, fontsize=7)
+        row[0].set_ylabel(textwrap.fill(method, 20), fontsize=7)
         for place in row[len(cell["looks"]) :]:
             place.axis("off")
     figure.suptitle(f"{task}: part of each mode (rows) that each hypothesis wins", fontsize=9)
