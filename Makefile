@@ -1,4 +1,4 @@
-# make quickstart   set up, then train, evaluate and decode three hypotheses on real text (2 CPU cores: 20 minutes)
+# make quickstart   set up, then train, evaluate and decode three hypotheses on real text (2 CPU cores: 18 minutes)
 # make test         set up, then lint, types and all tests
 # make test-long    more tests of the same kinds (resuming under ZeRO-1 and 2, compiled relaxed winners)
 # make lint         lint and types alone

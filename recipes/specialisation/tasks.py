@@ -69,8 +69,11 @@ SMOLLM2 = {
 ADAPTER = {"lora_alpha": 16, "target_modules": "all-linear"}
 
 
-def _read(folder: Path, label: str, sizes: dict[str, int]) -> dict[str, Dataset]:
-    return {name: _rows(folder / f"{name}.jsonl", label, sizes.get(name)) for name in ("train", "validation", "test")}
+def _read(folder: Path, label: str, sizes: dict[str, int], grouped: bool = False) -> dict[str, Dataset]:
+    """The splits; with `grouped`, prompts for training have all their references. Held-out ones keep one, to be compared."""
+    train = "train_all" if grouped else "train"
+    held_out = {name: _rows(folder / f"{name}.jsonl", label, size) for name, size in sizes.items()}
+    return {"train": _rows(folder / f"{train}.jsonl", label, grouped=grouped), **held_out}
 
 
 def _rows(path: Path, label: str, most: int | None = None, grouped: bool = False) -> Dataset:
@@ -84,9 +87,7 @@ def _debian(
 ) -> Any:
     def data(seed: int) -> dict[str, Dataset]:
         folder = debian.prepare_dataset(languages, weights, seed)
-        found = _read(folder, "language", {"validation": 64, "test": 320})
-        # Held-out prompts keep one reference each, so that figures can be compared.
-        return {**found, "train": _rows(folder / "train_all.jsonl", "language", grouped=True)} if grouped else found
+        return _read(folder, "language", {"validation": 64, "test": 320}, grouped)
 
     return data
 
